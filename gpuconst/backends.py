@@ -1,0 +1,167 @@
+"""Which backend fills which device, and why not another."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+
+from .errors import DeviceUnavailableError
+from .kernels.runs import Region
+
+__all__ = ["BACKENDS", "Backend", "Place", "candidates", "select"]
+
+_log = logging.getLogger("gpuconst")
+
+#: The order in which backends are tried for a device; the first usable one is taken.
+BACKENDS = {
+    # CuPy first: its pool is the one that RMM and torch can be plugged into.
+    "cupy": "cuda",
+    "numba": "cuda",
+    "numpy": "cpu",
+}
+_MODULES = {"cupy": "cupy_cuda", "numba": "numba_cuda", "numpy": "host"}
+VARIABLE = "GPUCONST_BACKEND"
+
+
+class Backend(Protocol):
+    """What a backend module offers. Streams are handles, devices indices; both are 0 on the CPU."""
+
+    def why_not(self, index: int) -> str | None:
+        """Return why device `index` cannot be used through this backend, or None."""
+
+    def current_index(self) -> int:
+        """Return the index of the calling thread's current device."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
+        """Return an uninitialised array that owns its memory and exports DLPack, and its address."""
+
+    def full(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int
+    ) -> tuple[Any, int]:
+        """Allocate and fill."""
+
+    def fill(self, regions: Sequence[Region], index: int, stream: int) -> None:
+        """Fill memory in place; regions that intersect are filled in their order."""
+
+    def copy_to_host(self, address: int, nbytes: int, index: int, stream: int) -> tuple[np.ndarray, int]:
+        """Return the bytes at `address` in aligned host memory, and its address; waits for them."""
+
+    def order(self, first: int, then: int, index: int) -> None:
+        """Make stream `then` wait for what stream `first` has been given so far."""
+
+    def synchronize(self, index: int, stream: int) -> None:
+        """Block until the stream has finished."""
+
+
+class Place(NamedTuple):
+    """A device, and the backend that serves it.
+
+    Attributes
+    ----------
+    backend : str
+        A key of `BACKENDS`.
+    device : str
+        ``"cpu"`` or ``"cuda:N"``.
+    index : int
+        N; 0 for the CPU.
+    module : Backend
+        The backend's functions.
+    """
+
+    backend: str
+    device: str
+    index: int
+    module: Backend
+
+
+_places: dict[Any, Place] = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_places.clear)
+
+
+def select(device: Any = None) -> Place:
+    """Choose the backend for a device.
+
+    ``None`` takes a GPU where there is a usable one and the CPU otherwise, and logs why; a device
+    that is named is used or refused. ``GPUCONST_BACKEND`` names the backend to use for what it can
+    serve; it is read when a device is first chosen.
+
+    Parameters
+    ----------
+    device : str or torch.device, optional
+        ``"cpu"``, ``"cuda"`` (the calling thread's current one) or ``"cuda:N"``.
+
+    Returns
+    -------
+    Place
+
+    Raises
+    ------
+    ValueError
+        If there is no device or backend of that name.
+    DeviceUnavailableError
+        If it was asked for by name and cannot be used.
+    """
+    place = _places.get(device)
+    if place is None:
+        place = _select(device)
+        if device != "cuda" and (device is not None or place.device == "cpu"):
+            _places[device] = place  # the current GPU can change: never remembered
+    return place
+
+
+def _select(device: Any) -> Place:
+    forced = os.environ.get(VARIABLE) or None
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"{VARIABLE}={forced!r} names no backend; there are {', '.join(map(repr, BACKENDS))}")
+    if device is None:
+        kinds = [BACKENDS[forced]] if forced else list(dict.fromkeys(BACKENDS.values()))
+        index = None
+    else:
+        kind, index = _parse(device)
+        kinds = [kind]
+    reasons = {}
+    for kind in kinds:
+        for name in candidates(kind, forced):
+            module = load(name)
+            position = index if index is not None else module.current_index()
+            reason = module.why_not(position)
+            if reason is None:
+                return _found(name, kind, position, module, reasons)
+            reasons[name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    asked = f"device {str(device)!r}" if device is not None else f"{VARIABLE}={forced}"
+    way_out = "; device='cpu' works everywhere" if device is not None else f"; unset {VARIABLE} to choose among all"
+    raise DeviceUnavailableError(f"{asked} cannot be used: {listed}{way_out}")
+
+
+def candidates(kind: str, forced: str | None = None) -> list[str]:
+    """Return the backends to try for a kind of device, in order."""
+    names = [name for name, serves in BACKENDS.items() if serves == kind]
+    return [forced] if forced in names else names
+
+
+def load(name: str) -> Backend:
+    """Import a backend's module; the module imports no CUDA library before it is asked to work."""
+    return cast(Backend, importlib.import_module(f"gpuconst.kernels.{_MODULES[name]}"))
+
+
+def _parse(device: Any) -> tuple[str, int | None]:
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", str(device))
+    if found is None or found[0].startswith("cpu:") and found[2] != "0":
+        raise ValueError(f"unknown device {str(device)!r}; devices are 'cpu', 'cuda' and 'cuda:N'")
+    return found[1], (int(found[2]) if found[2] else None)
+
+
+def _found(name: str, kind: str, index: int, module: Backend, passed_over: dict[str, str]) -> Place:
+    for other, reason in passed_over.items():
+        _log.debug("backend %s passed over: %s", other, reason)
+    return Place(name, "cpu" if kind == "cpu" else f"cuda:{index}", index, module)

@@ -1,0 +1,142 @@
+"""The dtypes that can be filled, and every name they go by."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+__all__ = ["DTYPES", "DType", "dtype_from_dlpack", "resolve_dtype"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DType:
+    """One row of the dtype table.
+
+    Attributes
+    ----------
+    name : str
+        The NumPy or ml_dtypes name.
+    numpy : numpy.dtype
+        The native-endian dtype that elements of this kind have in NumPy.
+    carrier : numpy.dtype
+        What a DLPack exporter is asked to carry: `numpy` itself, or for the ml_dtypes formats, which
+        exporters cannot name, the unsigned integer of the same width.
+    itemsize : int
+        Bytes in one element.
+    dlpack_code, dlpack_bits : int
+        The `DLDataType` of the DLPack specification.
+    """
+
+    name: str
+    numpy: np.dtype[Any]
+    carrier: np.dtype[Any]
+    itemsize: int
+    dlpack_code: int
+    dlpack_bits: int
+
+    @property
+    def native(self) -> bool:
+        """Whether NumPy itself can name this dtype (false for the ml_dtypes formats)."""
+        return self.carrier is self.numpy
+
+
+# DLDataTypeCode of dlpack.h.
+_KINDS = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}
+_EXTENDED = {
+    "bfloat16": 4,
+    "float8_e3m4": 7,
+    "float8_e4m3": 8,
+    "float8_e4m3b11fnuz": 9,
+    "float8_e4m3fn": 10,
+    "float8_e4m3fnuz": 11,
+    "float8_e5m2": 12,
+    "float8_e5m2fnuz": 13,
+    "float8_e8m0fnu": 14,
+}
+
+
+def _native(name: str) -> DType:
+    dtype = np.dtype(name)
+    return DType(name, dtype, dtype, dtype.itemsize, _KINDS[dtype.kind], dtype.itemsize * 8)
+
+
+def _extended(name: str, code: int) -> DType:
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    carrier = np.dtype(f"uint{dtype.itemsize * 8}")
+    return DType(name, dtype, carrier, dtype.itemsize, code, dtype.itemsize * 8)
+
+
+#: Every dtype there is, by name.
+DTYPES: dict[str, DType] = {
+    row.name: row
+    for row in [
+        *map(_native, ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]),
+        *map(_native, ["float16", "float32", "float64", "complex64", "complex128"]),
+        *(_extended(name, code) for name, code in _EXTENDED.items()),
+    ]
+}
+
+_BY_DLPACK = {(row.dlpack_code, row.dlpack_bits): row for row in DTYPES.values()}
+_ALIASES: dict[Any, DType] = {
+    **DTYPES,
+    **{row.numpy: row for row in DTYPES.values()},
+    **{row.numpy.type: row for row in DTYPES.values()},
+}
+
+
+def dtype_from_dlpack(code: int, bits: int) -> DType | None:
+    """Return the row with this DLPack type code and width, or None."""
+    return _BY_DLPACK.get((code, bits))
+
+
+def resolve_dtype(dtype: Any) -> DType:
+    """Find the table row that `dtype` means.
+
+    Parameters
+    ----------
+    dtype : object
+        A name, a NumPy dtype or scalar type, an ml_dtypes type, or the dtype object of torch, JAX or
+        TensorFlow; none of the frameworks is imported for it.
+
+    Returns
+    -------
+    DType
+
+    Raises
+    ------
+    TypeError
+        If it names no dtype in the table, or one in foreign byte order.
+    """
+    try:
+        return _ALIASES[dtype]
+    except (KeyError, TypeError):  # unknown, or not hashable
+        return _resolve_foreign(dtype)
+
+
+def _resolve_foreign(dtype: Any) -> DType:
+    torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
+    found: Any = dtype
+    if torch is not None and isinstance(dtype, torch.dtype):
+        found = str(dtype).removeprefix("torch.")
+    elif tensorflow is not None and isinstance(dtype, tensorflow.DType):
+        found = dtype.name
+    elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
+        found = dtype.dtype  # jax.numpy.float32 and its like
+    if found is not None and not (isinstance(found, str) and found in DTYPES):
+        try:
+            found = np.dtype(found)
+        except TypeError:
+            pass
+    if isinstance(found, np.dtype) and not found.isnative:
+        raise TypeError(
+            f"dtype {found.str!r} is not in this machine's byte order; "
+            f"pass {found.newbyteorder('=').name!r} and swap the bytes where they are written out"
+        )
+    try:
+        return _ALIASES[found]
+    except (KeyError, TypeError):
+        raise TypeError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}") from None

@@ -1,0 +1,291 @@
+"""The one value policy: which values an element of a dtype can hold, and its bytes.
+
+Everything here runs on the host and before anything is allocated, so that a value means the same on
+every device and in every framework, and a wrong one costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import struct
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .dtypes import DTYPES, DType
+
+__all__ = ["check_shape", "default_dtype", "encode"]
+
+_MAX_BYTES = 2**63 - 1
+_MAX_NDIM = 64  # NumPy's limit
+
+# One C call packs and range-checks; what it refuses takes the long way to a good message.
+_PACK: dict[tuple[type, DType], Callable[[Any], bytes]] = {
+    **{(float, DTYPES[name]): struct.Struct(code).pack for name, code in [("float32", "=f"), ("float64", "=d")]},
+    **{
+        (int, DTYPES[name]): struct.Struct(code).pack
+        for name, code in zip(
+            ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"],
+            ["=b", "=h", "=i", "=q", "=B", "=H", "=I", "=Q"],
+            strict=True,
+        )
+    },
+}
+
+
+def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
+    """Return `shape` as a tuple of ints.
+
+    Parameters
+    ----------
+    shape : int or sequence of int
+        The asked shape; anything with ``__index__`` counts as an int, bools do not.
+    itemsize : int
+        Bytes in one element.
+
+    Returns
+    -------
+    tuple of int
+
+    Raises
+    ------
+    TypeError
+        If it is no int and no sequence of ints.
+    ValueError
+        If a dimension is negative, or there are more than 64.
+    OverflowError
+        If the array would have more than ``2**63 - 1`` bytes.
+    """
+    if type(shape) is tuple:
+        nbytes = itemsize
+        for length in shape:
+            if type(length) is not int or length < 0:
+                break
+            nbytes *= length
+        else:
+            if nbytes <= _MAX_BYTES and len(shape) <= _MAX_NDIM:
+                return shape
+    dims = _dimensions(shape)
+    for length in dims:
+        if length < 0:
+            raise ValueError(f"shape {dims} has a negative dimension ({length})")
+    if len(dims) > _MAX_NDIM:
+        raise ValueError(f"a shape has at most {_MAX_NDIM} dimensions, not {len(dims)}")
+    # Zero-size shapes are held to the same limit, as NumPy does: strides must stay representable.
+    if math.prod(length for length in dims if length) * itemsize > _MAX_BYTES:
+        raise OverflowError(f"shape {dims} with {itemsize}-byte elements has more than 2**63 - 1 bytes")
+    return dims
+
+
+def _dimensions(shape: Any) -> tuple[int, ...]:
+    if isinstance(shape, bool | np.bool_ | str | bytes | Mapping | Set):
+        raise TypeError(f"a shape is an int or a sequence of ints, not {shape!r}")
+    try:
+        return (operator.index(shape),)
+    except TypeError:
+        pass
+    try:
+        lengths = list(shape)
+    except TypeError:
+        raise TypeError(f"a shape is an int or a sequence of ints, not {shape!r}") from None
+    for length in lengths:
+        if isinstance(length, bool | np.bool_) or not hasattr(length, "__index__"):
+            raise TypeError(f"a dimension of a shape is an int, not {length!r} (in {shape!r})")
+    return tuple(map(operator.index, lengths))
+
+
+def default_dtype(value: Any) -> DType:
+    """Return the dtype that a value has when none is given.
+
+    bool gives bool, int int64, float float32, complex complex64; a NumPy scalar counts as its Python
+    kind.
+
+    Parameters
+    ----------
+    value : scalar
+        A Python or NumPy scalar, or a 0-d NumPy array.
+
+    Returns
+    -------
+    DType
+
+    Raises
+    ------
+    TypeError
+        If the value is no such scalar, or is ``bytes``, which says nothing about its dtype.
+    OverflowError
+        If an int does not fit int64.
+    """
+    if isinstance(value, bytes):
+        raise TypeError("fill_value=bytes are the raw bits of one element: give the dtype they are of")
+    number = _number(value)
+    if isinstance(number, bool):
+        return DTYPES["bool"]
+    if isinstance(number, int):
+        if not -(2**63) <= number < 2**63:
+            wider = "pass dtype='uint64'" if 0 <= number < 2**64 else "pass a floating dtype"
+            raise OverflowError(f"{number} does not fit int64, the default dtype of an int; {wider}")
+        return DTYPES["int64"]
+    return DTYPES["complex64" if isinstance(number, complex) else "float32"]
+
+
+def encode(value: Any, dtype: DType) -> bytes:
+    """Return the bytes of one element of `dtype` that holds `value`.
+
+    Rounding is that of ``numpy.asarray(value).astype(dtype)``; underflow to zero is silent, as there.
+
+    Parameters
+    ----------
+    value : scalar or bytes
+        A Python or NumPy scalar or 0-d NumPy array. A NumPy scalar that already has the dtype is
+        copied by its bytes (NaN payloads survive). ``bytes`` are the raw bits of one element.
+    dtype : DType
+        The dtype to encode for.
+
+    Returns
+    -------
+    bytes
+        ``dtype.itemsize`` bytes in native order.
+
+    Raises
+    ------
+    OverflowError
+        If the value does not fit the dtype.
+    TypeError
+        If the value is of another kind: a fraction into an int, complex into a real, no number.
+    ValueError
+        If ``bytes`` are not ``dtype.itemsize`` long.
+    """
+    pack = _PACK.get((type(value), dtype))
+    if pack is not None:
+        try:
+            return pack(value)
+        except (struct.error, OverflowError):
+            pass  # the long way says what is wrong
+    if isinstance(value, bytes):
+        if len(value) != dtype.itemsize:
+            raise ValueError(
+                f"fill_value has {len(value)} bytes, one {dtype.name} element has {dtype.itemsize}"
+            )
+        return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, np.generic) and value.dtype == dtype.numpy:
+        return value.tobytes()
+    number = _number(value)
+    if dtype.numpy.kind in "biu":
+        return _encode_integer(number, dtype)
+    return _encode_inexact(number, dtype)
+
+
+def _number(value: Any) -> int | float | complex:
+    """Return a scalar as the Python number it is, bool included."""
+    if isinstance(value, np.ndarray):
+        if value.ndim:
+            raise TypeError(
+                f"fill_value is an array of shape {value.shape}, expected a scalar; "
+                "array values belong to gpuconst.keras.Constant"
+            )
+        value = value[()]
+    if isinstance(value, np.generic):
+        if isinstance(value, np.bool_ | np.integer | np.float16 | np.float32 | np.float64 | np.complexfloating):
+            value = value.item()
+        elif value.dtype in _ML_DTYPES:
+            value = float(value)
+    if isinstance(value, int | float | complex):
+        return value
+    if isinstance(value, np.generic):
+        hint = f"; pass float(x) or a scalar of another dtype than {value.dtype}"
+    elif hasattr(value, "__float__") and not isinstance(value, str):
+        hint = "; pass float(x)"
+    elif hasattr(value, "item"):
+        hint = "; pass x.item()"
+    else:
+        hint = ""
+    raise TypeError(
+        f"fill_value is {value!r} of type {type(value).__name__}, "
+        f"expected bool, int, float, complex, a NumPy scalar or bytes{hint}"
+    )
+
+
+_ML_DTYPES = frozenset(row.numpy for row in DTYPES.values() if not row.native)
+
+
+def _real(number: int | float | complex, dtype: DType) -> int | float:
+    if not isinstance(number, complex):
+        return number
+    if number.imag != 0:  # true for nan too
+        raise TypeError(f"{number!r} is complex, {dtype.name} is real; pass its .real or a complex dtype")
+    return number.real
+
+
+def _encode_integer(number: int | float | complex, dtype: DType) -> bytes:
+    number = _real(number, dtype)
+    low, high = (0, 1) if dtype.name == "bool" else (np.iinfo(dtype.numpy).min, np.iinfo(dtype.numpy).max)
+    if isinstance(number, float):
+        if not math.isfinite(number):
+            raise OverflowError(f"{number!r} does not fit {dtype.name}; pass a finite value or a floating dtype")
+        if not number.is_integer():
+            raise TypeError(
+                f"{number!r} has a fraction, {dtype.name} holds whole numbers; pass int(x), round(x) or a floating dtype"
+            )
+    number = int(number)
+    if not low <= number <= high:
+        if dtype.name == "bool":
+            way_out = "pass bool(x)"
+        elif -(2**63) <= number < 2**63:
+            way_out = f'to wrap it, pass numpy.int64({number}).astype("{dtype.name}")'
+        else:
+            way_out = "pass a value in that range or a wider dtype"
+        raise OverflowError(f"{number} does not fit {dtype.name} ({low} … {high}); {way_out}")
+    return np.array(number, dtype.numpy).tobytes()
+
+
+def _encode_inexact(number: int | float | complex, dtype: DType) -> bytes:
+    if dtype.numpy.kind != "c":
+        number = _real(number, dtype)
+    try:
+        with np.errstate(all="ignore"):
+            rounded = np.asarray(number).astype(dtype.numpy)
+    except OverflowError:  # an int beyond float64
+        raise _does_not_fit(number, dtype) from None
+    given, kept = complex(_as_float(number)), complex(rounded)
+    if not (_survives(given.real, kept.real) and _survives(given.imag, kept.imag)):
+        raise _does_not_fit(number, dtype)
+    if dtype.name == "float8_e8m0fnu" and given.real < _E8M0_SMALLEST:  # casts round up to it, zero too
+        raise _does_not_fit(number, dtype)
+    return rounded.tobytes()
+
+
+_E8M0_SMALLEST = float(ml_dtypes.finfo(ml_dtypes.float8_e8m0fnu).smallest_normal)
+
+
+def _as_float(number: int | float | complex) -> float | complex:
+    return float(number) if isinstance(number, int) else number
+
+
+def _survives(given: float, kept: float) -> bool:
+    """Whether rounding kept a number a number, an infinity an infinity and a nan a nan."""
+    if math.isfinite(given):
+        return math.isfinite(kept)
+    return math.isnan(kept) if math.isnan(given) else kept == given
+
+
+def _does_not_fit(number: int | float | complex, dtype: DType) -> OverflowError:
+    if dtype.numpy.kind == "c":
+        limit, bits = np.finfo(dtype.numpy).max, "complex128"
+    else:
+        limit, bits = ml_dtypes.finfo(dtype.numpy).max, "float64"
+    if dtype.name == "float8_e8m0fnu":
+        span = f"powers of two from {_E8M0_SMALLEST:.4g} to {float(limit):.4g}, and nan; it has no zero"
+    else:
+        span = f"±{float(limit):.6g}"
+        if not isinstance(number, int) and not np.isfinite(number):
+            span += ", without that special value"
+    return OverflowError(
+        f"{number!r} does not fit {dtype.name} ({span}); pass a value in that range, a wider dtype such as "
+        f"{bits}, or the element's raw bits as bytes"
+    )

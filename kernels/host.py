@@ -1,0 +1,146 @@
+"""The CPU: NumPy's own assignment, over memory that the next consumer can take as it is."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .host_memory import ALIGNMENT, Block, reserve
+from .runs import Region, normalised
+
+# From this many bytes on, rows of this many bytes are copied instead of elements stored: NumPy copies
+# a row with memcpy, at twice the speed of its fill.
+ROW = 16 << 10
+#: From this many bytes on, two threads fill: first touch is then bound by the page faults of one core.
+TWO_THREADS = 32 << 20
+
+# All of memory as one buffer, so that NumPy arrays can be laid over any address: building a ctypes
+# array type for each length instead would cost several times the fill of a small tensor. It starts
+# above the null page because NumPy takes a buffer at address 0 for none.
+_ORIGIN = 4096
+_MEMORY = (ctypes.c_char * (sys.maxsize - _ORIGIN)).from_address(_ORIGIN)
+
+_UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("V16")}
+_BYTES = _UNSIGNED[1]
+
+
+def why_not(index: int) -> str | None:
+    """Return why the CPU cannot be used, which is never."""
+    return None
+
+
+def current_index() -> int:
+    """Return the index of the one CPU."""
+    return 0
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
+    """Return an uninitialised, aligned, C-ordered NumPy array, and its address.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Elements along each dimension.
+    dtype : numpy.dtype
+        A dtype that NumPy can export.
+    index, stream : int
+        Of the device; the CPU has only 0.
+
+    Raises
+    ------
+    MemoryError
+        If there is no memory.
+    """
+    block = reserve(math.prod(shape) * dtype.itemsize)
+    return np.ndarray(shape, dtype, block.buffer, block.offset), block.address
+
+
+def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
+    """Return what `allocate` does, filled with `element`.
+
+    Raises
+    ------
+    MemoryError
+        If there is no memory.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    block = reserve(nbytes)
+    array = np.ndarray(shape, dtype, block.buffer, block.offset)
+    if nbytes < ROW:
+        array[...] = np.frombuffer(element, dtype)
+    elif not (block.zeroed and not any(element)):
+        _fill_bytes(np.ndarray((nbytes,), _BYTES, block.buffer, block.offset), element)
+    return array, block.address
+
+
+def fill(regions: Sequence[Region], index: int, stream: int) -> None:
+    """Fill regions of host memory, one after the other.
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        What to fill. The caller vouches for the addresses and keeps the memory alive.
+    index, stream : int
+        Of the device; the CPU has only 0.
+    """
+    for region in regions:
+        address, shape, strides, element = normalised(region)
+        itemsize = len(element)
+        if shape and shape[-1] * itemsize >= ROW and strides == (itemsize,):
+            _fill_bytes(_view(address, (shape[0] * itemsize,), _BYTES, (1,)), element)
+        else:
+            dtype = _UNSIGNED[itemsize]
+            _view(address, shape, dtype, strides)[...] = np.frombuffer(element, dtype)
+
+
+def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> np.ndarray:
+    return np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides)  # type: ignore[arg-type]
+
+
+def _fill_bytes(target: np.ndarray, element: bytes) -> None:
+    """Fill a 1-D array of bytes, at least `ROW` of them."""
+    if target.nbytes < TWO_THREADS or _cores() < 2:
+        _copy_rows(target, element)
+        return
+    middle = target.nbytes // 2 // ROW * ROW
+    # A thread of its own for each call: a pool would be missing in a forked child.
+    helper = threading.Thread(target=_copy_rows, args=(target[middle:], element))
+    helper.start()
+    _copy_rows(target[:middle], element)
+    helper.join()
+
+
+def _copy_rows(target: np.ndarray, element: bytes) -> None:
+    row = _row(element)
+    rows = target.nbytes // ROW
+    target[: rows * ROW].reshape(rows, ROW)[...] = row
+    rest = target[rows * ROW :]
+    rest[...] = row[: rest.nbytes]
+
+
+@functools.lru_cache(maxsize=8)
+def _row(element: bytes) -> np.ndarray:
+    return np.frombuffer(element * (ROW // len(element)), _BYTES)
+
+
+@functools.cache
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def copy_to_host(address: int, nbytes: int, index: int, stream: int) -> tuple[np.ndarray, int]:
+    """Return an aligned copy, as bytes, of host memory, and its address."""
+    block: Block = reserve(nbytes)
+    copy = np.ndarray((nbytes,), _BYTES, block.buffer, block.offset)
+    copy[...] = _view(address, (nbytes,), _BYTES, (1,))
+    return copy, block.address
