@@ -1,1 +1,53 @@
 """Fill device memory with a constant, and hand it to any framework without a copy."""
+
+from importlib import import_module as _import_module
+from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING, Any
+
+if _find_spec("gpuconst.kernels") is None:
+    raise ImportError(
+        "gpuconst is not installed: this is its source folder; from the repository, run: pip install -e ."
+    )
+
+from .array import Array
+from .creation import full, ones, zeros
+from .environment import Info, info
+from .errors import CopyNeededError, DeviceUnavailableError, OutOfMemoryError
+from .filling import fill
+from .views import shares_memory
+
+if TYPE_CHECKING:
+    from .keras import Constant, Ones, Zeros
+
+__all__ = [
+    "Array",
+    "Constant",
+    "CopyNeededError",
+    "DeviceUnavailableError",
+    "Info",
+    "Ones",
+    "OutOfMemoryError",
+    "Zeros",
+    "fill",
+    "full",
+    "info",
+    "ones",
+    "shares_memory",
+    "zeros",
+]
+
+_ADAPTERS = {"keras"}
+_LAZY = {"Constant": "keras", "Ones": "keras", "Zeros": "keras"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an adapter when it is first asked for, and with it its framework."""
+    if name in _ADAPTERS:
+        return _import_module(f"gpuconst.{name}")
+    if name in _LAZY:
+        return getattr(_import_module(f"gpuconst.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'gpuconst' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ADAPTERS})

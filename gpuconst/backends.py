@@ -51,8 +51,8 @@ class Backend(Protocol):
     def fill(self, regions: Sequence[Region], index: int, stream: int) -> None:
         """Fill memory in place; regions that intersect are filled in their order."""
 
-    def copy_to_host(self, address: int, nbytes: int, index: int, stream: int) -> tuple[np.ndarray, int]:
-        """Return the bytes at `address` in aligned host memory, and its address; waits for them."""
+    def copy(self, target: int, source: int, nbytes: int, index: int, stream: int) -> None:
+        """Copy bytes between addresses of device `index` or the host, in stream order."""
 
     def order(self, first: int, then: int, index: int) -> None:
         """Make stream `then` wait for what stream `first` has been given so far."""

@@ -7,3 +7,10 @@ class DeviceUnavailableError(RuntimeError):
 
 class OutOfMemoryError(MemoryError):
     """An allocation failed; the message names the request and the device."""
+
+
+class CopyNeededError(BufferError, ValueError):
+    """A copy was forbidden and cannot be avoided.
+
+    DLPack asks for a BufferError, the array API standard for a ValueError.
+    """

@@ -6,7 +6,7 @@ from typing import Any
 
 from .backends import Place
 
-__all__ = ["stream_handle"]
+__all__ = ["consumer_handle", "stream_handle"]
 
 
 def stream_handle(stream: Any, place: Place) -> int:
@@ -51,3 +51,32 @@ def stream_handle(stream: Any, place: Place) -> int:
         f"{stream!r} is no stream; expected an int handle, a stream of CuPy, torch, Numba or cuda.core, "
         "or an object with __cuda_stream__"
     )
+
+
+def consumer_handle(stream: Any) -> int | None:
+    """Return the handle of the stream that a DLPack consumer names.
+
+    Parameters
+    ----------
+    stream : int, optional
+        As the array API standard numbers CUDA streams: None or 1 the legacy default stream, 2 the
+        per-thread one, -1 no synchronisation, else a handle.
+
+    Returns
+    -------
+    int or None
+        None where the consumer wants no synchronisation.
+
+    Raises
+    ------
+    ValueError
+        If it is 0, which the standard leaves ambiguous, or no stream's number.
+    """
+    if stream is None:
+        return 1
+    if not isinstance(stream, int) or isinstance(stream, bool) or stream == 0 or stream < -1:
+        raise ValueError(
+            f"stream={stream!r} is no CUDA stream number of DLPack; expected None, 1 (legacy default), "
+            "2 (per-thread default), -1 (no synchronisation) or a handle"
+        )
+    return None if stream == -1 else stream

@@ -35,6 +35,8 @@ _PACK: dict[tuple[type, DType], Callable[[Any], bytes]] = {
     },
 }
 
+_DEFAULTS = {bool: DTYPES["bool"], float: DTYPES["float32"], complex: DTYPES["complex64"]}
+
 
 def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
     """Return `shape` as a tuple of ints.
@@ -119,17 +121,20 @@ def default_dtype(value: Any) -> DType:
     OverflowError
         If an int does not fit int64.
     """
+    known = _DEFAULTS.get(type(value))
+    if known is not None:
+        return known
     if isinstance(value, bytes):
         raise TypeError("fill_value=bytes are the raw bits of one element: give the dtype they are of")
     number = _number(value)
     if isinstance(number, bool):
-        return DTYPES["bool"]
+        return _DEFAULTS[bool]
     if isinstance(number, int):
         if not -(2**63) <= number < 2**63:
             wider = "pass dtype='uint64'" if 0 <= number < 2**64 else "pass a floating dtype"
             raise OverflowError(f"{number} does not fit int64, the default dtype of an int; {wider}")
         return DTYPES["int64"]
-    return DTYPES["complex64" if isinstance(number, complex) else "float32"]
+    return _DEFAULTS[complex if isinstance(number, complex) else float]
 
 
 def encode(value: Any, dtype: DType) -> bytes:

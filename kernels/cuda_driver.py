@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any, NamedTuple
 
+from ..errors import DeviceUnavailableError
+
 #: CUDA 12, the oldest that both CuPy 14 and numba-cuda support.
 OLDEST_DRIVER = 12000
 
@@ -74,7 +76,7 @@ def driver() -> Driver:
         return Driver(
             version.value,
             (),
-            f"the driver supports CUDA {_dotted(version.value)}, needed is {_dotted(OLDEST_DRIVER)}; update it",
+            f"the driver supports CUDA {dotted(version.value)}, needed is {dotted(OLDEST_DRIVER)}; update it",
         )
     count = ctypes.c_int()
     status = cuda.cuDeviceGetCount(ctypes.byref(count))
@@ -130,5 +132,30 @@ def _explain(status: int) -> str:
     return _ERRORS.get(status, f"the driver cannot be initialised (CUDA error {status})")
 
 
-def _dotted(version: int) -> str:
+def dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def device_of(address: int) -> int:
+    """Return the index of the GPU whose memory an address is in.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        If no GPU can be used.
+    ValueError
+        If the address is not device memory, or managed memory.
+    """
+    found = driver()
+    if found.why_not:
+        raise DeviceUnavailableError(f"the array says that it is in CUDA memory, but {found.why_not}")
+    cuda = _library()
+    kind, managed, index = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    for value, attribute in [(kind, 2), (managed, 8), (index, 9)]:  # MEMORY_TYPE, IS_MANAGED, DEVICE_ORDINAL
+        if cuda.cuPointerGetAttribute(ctypes.byref(value), attribute, ctypes.c_uint64(address)):
+            raise ValueError(f"the array says that it is in CUDA memory, but {address:#x} is unknown to the driver")
+    if managed.value:
+        raise ValueError(f"{address:#x} is CUDA managed memory; expected memory of a device")
+    if kind.value != 2:  # CU_MEMORYTYPE_DEVICE
+        raise ValueError(f"the array says that it is in CUDA memory, but {address:#x} is host memory")
+    return index.value

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
-from typing import Any, NamedTuple
+from sys import getrefcount
+from typing import Any
 
 import numpy as np
 
@@ -25,29 +25,8 @@ SLAB = HUGE_PAGE
 LARGEST_CARVED = SLAB // 2
 
 
-class Block(NamedTuple):
-    """Writable memory.
-
-    Attributes
-    ----------
-    buffer : object
-        The owner, with the buffer protocol; whatever is built on it keeps the memory alive.
-    offset : int
-        Of the first byte, within the buffer.
-    address : int
-        Of the first byte, a multiple of `ALIGNMENT`.
-    zeroed : bool
-        Whether the bytes are known to be zero.
-    """
-
-    buffer: Any
-    offset: int
-    address: int
-    zeroed: bool
-
-
-def reserve(nbytes: int) -> Block:
-    """Return `nbytes` bytes of memory of their own.
+def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
+    """Return `nbytes` bytes of writable memory of their own.
 
     Parameters
     ----------
@@ -56,23 +35,43 @@ def reserve(nbytes: int) -> Block:
 
     Returns
     -------
-    Block
+    buffer : object
+        The owner, with the buffer protocol; whatever is built on it keeps the memory alive.
+    offset : int
+        Of the first byte, within the buffer.
+    address : int
+        Of the first byte, a multiple of `ALIGNMENT`.
+    zeroed : bool
+        Whether the bytes are known to be zero.
 
     Raises
     ------
     MemoryError
         If the system has none.
     """
-    return _carve(nbytes) if nbytes <= LARGEST_CARVED else _own_block(nbytes)
+    if nbytes > LARGEST_CARVED:
+        return _own_block(nbytes)
+    try:
+        slab = _open.pop()
+    except IndexError:
+        slab = _Slab()
+    if getrefcount(slab.buffer) == slab.idle_references:
+        slab.used = 0  # nothing lives in it: start again, in memory that is still in the cache
+    elif slab.used + nbytes > SLAB:
+        slab = _Slab()
+    start = slab.used
+    slab.used = start + (nbytes + ALIGNMENT - 1 & -ALIGNMENT)
+    _open.append(slab)
+    return slab.buffer, slab.offset + start, slab.address + start, False
 
 
-def _own_block(nbytes: int) -> Block:
+def _own_block(nbytes: int) -> tuple[Any, int, int, bool]:
     huge = hasattr(mmap, "MADV_HUGEPAGE")
     if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
         buffer: Any = np.empty(nbytes + ALIGNMENT, np.uint8)
         start = _address(buffer)
         address = -(-start // ALIGNMENT) * ALIGNMENT
-        return Block(buffer, address - start, address, zeroed=False)
+        return buffer, address - start, address, False
     # Address space is free: untouched pages of the margin never become memory.
     margin = HUGE_PAGE if huge and nbytes >= HUGE_PAGE else 0
     try:
@@ -87,7 +86,7 @@ def _own_block(nbytes: int) -> Block:
             buffer.madvise(mmap.MADV_HUGEPAGE, offset, nbytes // HUGE_PAGE * HUGE_PAGE)
         except OSError:
             pass  # a kernel built without them: small pages serve
-    return Block(buffer, offset, start + offset, zeroed=True)
+    return buffer, offset, start + offset, True
 
 
 def _address(buffer: Any) -> int:
@@ -100,7 +99,7 @@ class _Slab:
     def __init__(self) -> None:
         self.buffer, self.offset, self.address, _ = _own_block(SLAB)
         self.used = 0
-        self.idle_references = sys.getrefcount(self.buffer)
+        self.idle_references = getrefcount(self.buffer)
 
 
 # The slabs with room left. A thread takes one out, carves, and puts it back; `pop` and `append` are
@@ -108,18 +107,3 @@ class _Slab:
 # slabs here than threads that carved at once.
 _open: list[_Slab] = []
 
-
-def _carve(nbytes: int) -> Block:
-    try:
-        slab = _open.pop()
-    except IndexError:
-        slab = _Slab()
-    if sys.getrefcount(slab.buffer) == slab.idle_references:
-        slab.used = 0  # nothing lives in it: start again, in memory that is still in the cache
-    start = slab.used
-    if start + nbytes > SLAB:
-        slab = _Slab()
-        start = 0
-    slab.used = start + nbytes + (-nbytes % ALIGNMENT)
-    _open.append(slab)
-    return Block(slab.buffer, slab.offset + start, slab.address + start, zeroed=False)

@@ -1,0 +1,286 @@
+"""The result: memory filled with a constant, and every protocol that hands it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import handover
+from .backends import Place, select
+from .dlpack import CPU, CUDA, retag
+from .dtypes import DType
+from .errors import CopyNeededError
+from .streams import consumer_handle
+
+__all__ = ["Array"]
+
+_CPU_DEVICE = (CPU, 0)
+
+
+class Array:
+    """Memory of one device, filled with a constant.
+
+    Made by `full` and its kin, not by hand. It does no arithmetic: hand it to the framework that does
+    with `to_torch`, `to_jax`, `to_tensorflow`, `to_cupy` or `to_numpy`, or to anything that speaks
+    DLPack. All of them share this memory, which lives as long as any of them.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Elements along each dimension; always C-ordered.
+    dtype : numpy.dtype
+        Of the elements; an ml_dtypes type for bfloat16 and float8.
+    device : str
+        ``"cpu"`` or ``"cuda:N"``.
+    backend : str
+        The library that filled it: ``"numpy"``, ``"cupy"`` or ``"numba"``.
+    """
+
+    __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_place", "_stream", "shape")
+
+    shape: tuple[int, ...]
+
+    def __init__(
+        self, carrier: Any, address: int, shape: tuple[int, ...], dtype: DType, place: Place, stream: int
+    ) -> None:
+        self._carrier = carrier
+        self._address = address
+        self.shape = shape
+        self._dtype = dtype
+        self._place = place
+        self._stream = stream
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the elements."""
+        return self._dtype.numpy
+
+    @property
+    def device(self) -> str:
+        """Where the memory is, ``"cpu"`` or ``"cuda:N"``."""
+        return self._place.device
+
+    @property
+    def backend(self) -> str:
+        """The library that filled it, ``"numpy"``, ``"cupy"`` or ``"numba"``."""
+        return self._place.backend
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes in one element."""
+        return self._dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all elements."""
+        return self.size * self._dtype.itemsize
+
+    def data_ptr(self) -> int:
+        """Return the address of the first element, a multiple of 256."""
+        return self._address
+
+    def __repr__(self) -> str:
+        return (
+            f"gpuconst.Array(shape={self.shape}, dtype={self._dtype.name}, device={self.device!r}, "
+            f"backend={self.backend!r})"
+        )
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("a 0-d array has no len()")
+        return self.shape[0]
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return the DLPack device type and index of the memory."""
+        return _CPU_DEVICE if self._place.device == "cpu" else (CUDA, self._place.index)
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | Any | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> Any:
+        """Export the memory as a DLPack capsule.
+
+        Parameters
+        ----------
+        stream : int, optional
+            The consumer's CUDA stream, as the array API standard numbers them: None or 1 the legacy
+            default stream, 2 the per-thread one, -1 no synchronisation, else a handle. It is made to
+            wait for the fill. On the CPU only None.
+        max_version : tuple of int, optional
+            The latest DLPack version the consumer understands; without it, or before 1.0, the capsule
+            is a legacy one.
+        dl_device : tuple of int, optional
+            Where the consumer wants the data: this array's own device, or ``(1, 0)``, host memory.
+        copy : bool, optional
+            True: a copy of its own. False: never a copy. None: a copy only where `dl_device` needs it.
+
+        Returns
+        -------
+        PyCapsule
+
+        Raises
+        ------
+        BufferError
+            If `dl_device` is another device, or needs a copy and `copy` is False.
+        RuntimeError
+            If `stream` is given for CPU memory.
+        ValueError
+            If `stream` is 0, which the standard leaves ambiguous, or no stream's number.
+        """
+        if copy is None and dl_device is None and stream is None and self._place.device == "cpu":
+            if self._dtype.native:
+                return self._carrier.__dlpack__(max_version=max_version)
+            versioned = max_version is not None and max_version[0] >= 1
+            return retag(self._carrier.__dlpack__(max_version=max_version), self._dtype, versioned=versioned)
+        return self._export(stream, max_version, dl_device, copy)
+
+    def _export(
+        self, stream: Any, max_version: tuple[int, int] | None, dl_device: tuple[int, int] | None, copy: bool | None
+    ) -> Any:
+        here = self.__dlpack_device__()
+        target = here if dl_device is None else tuple(dl_device)
+        if target not in (here, _CPU_DEVICE):
+            raise BufferError(f"cannot export from DLPack device {here} to {target}; only to {here} or {_CPU_DEVICE}")
+        if target != here and copy is False:
+            raise CopyNeededError(f"memory of {self.device} cannot be read as host memory, and copy=False was given")
+        on_cpu = self._place.device == "cpu"
+        if on_cpu and stream is not None:
+            raise RuntimeError(f"stream={stream!r} was given, but the memory is on the CPU, which has none")
+        consumer = None if on_cpu else consumer_handle(stream)
+        source = self
+        if copy or target != here:
+            source = self._copied_to(self._place if target == here else select("cpu"))
+        if consumer is not None and target == here:
+            self._place.module.order(self._stream, consumer, self._place.index)
+        # Ordered above, for every backend alike: -1 tells the carrier's exporter not to.
+        capsule = source._carrier.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
+        versioned = max_version is not None and max_version[0] >= 1
+        return retag(capsule, self._dtype, versioned=versioned, copied=source is not self)
+
+    def _copied_to(self, place: Place) -> Array:
+        carrier, address = place.module.allocate(self.shape, self._dtype.carrier, place.index, self._stream)
+        here = self._place
+        here.module.copy(address, self._address, self.nbytes, here.index, self._stream)
+        if place.device == "cpu":
+            here.module.synchronize(here.index, self._stream)
+        return Array(carrier, address, self.shape, self._dtype, place, self._stream)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """CUDA Array Interface, version 3; absent on the CPU and for dtypes it has no name for."""
+        if self._place.device == "cpu" or not self._dtype.native:
+            raise AttributeError(f"{self!r} has no __cuda_array_interface__")
+        return {
+            "shape": self.shape,
+            "typestr": self._dtype.numpy.str,
+            "data": (self._address, False),
+            "version": 3,
+            "stream": self._stream or 1,  # 0 is ambiguous there, 1 the legacy default stream
+        }
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return a NumPy view of CPU memory; a CUDA array refuses, `to_numpy` says that it copies."""
+        if self._place.device != "cpu":
+            raise TypeError(f"{self!r} is not in host memory; copy it with to_numpy()")
+        return np.array(self.to_numpy(), dtype=dtype, copy=copy)
+
+    def to_numpy(self) -> np.ndarray:
+        """Return the array in NumPy: a view of CPU memory, a copy of CUDA memory.
+
+        bfloat16 and float8 arrive as their ml_dtypes types.
+
+        Returns
+        -------
+        numpy.ndarray
+        """
+        host = self if self._place.device == "cpu" else self._copied_to(select("cpu"))
+        carrier: np.ndarray = host._carrier
+        return carrier if self._dtype.native else carrier.view(self._dtype.numpy)
+
+    def to_torch(self) -> Any:
+        """Return a torch tensor of the same memory.
+
+        Returns
+        -------
+        torch.Tensor
+
+        Raises
+        ------
+        ImportError
+            If torch is not installed.
+        TypeError
+            If torch has no such dtype.
+        """
+        return handover.to_torch(self, self._dtype)
+
+    def to_jax(self) -> Any:
+        """Return a JAX array of the same memory.
+
+        Returns
+        -------
+        jax.Array
+
+        Raises
+        ------
+        ImportError
+            If JAX is not installed.
+        TypeError
+            If JAX would copy: 64-bit types while ``jax_enable_x64`` is off.
+        BufferError
+            If JAX copied all the same.
+        """
+        return handover.to_jax(self, self._dtype)
+
+    def to_tensorflow(self) -> Any:
+        """Return a TensorFlow tensor of the same memory.
+
+        Returns
+        -------
+        tensorflow.Tensor
+
+        Raises
+        ------
+        ImportError
+            If TensorFlow is not installed.
+        TypeError
+            If the dtype is a float8, which TensorFlow's DLPack does not take.
+        """
+        if self._place.device != "cpu":  # TensorFlow reads on streams of its own
+            self._place.module.synchronize(self._place.index, self._stream)
+        return handover.to_tensorflow(self, self._dtype)
+
+    def to_cupy(self) -> Any:
+        """Return a CuPy array of the same memory.
+
+        Returns
+        -------
+        cupy.ndarray
+
+        Raises
+        ------
+        ImportError
+            If CuPy is not installed.
+        BufferError
+            If the memory is on the CPU: CuPy would copy it.
+        TypeError
+            If the dtype is a float8, which CuPy does not have.
+        """
+        return handover.to_cupy(self, self._dtype)

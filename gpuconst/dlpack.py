@@ -1,0 +1,129 @@
+"""DLPack capsules: what carriers export, made to say what it is.
+
+The carrier's own library makes every capsule, with a deleter in C: a deleter written in Python runs
+while a consumer's rejection is pending, loses that error and leaks the buffer. What exporters cannot
+name (bfloat16, float8) leaves as an unsigned integer of the same width, and the type is corrected in
+the fresh capsule. Offsets are those of ``DLManagedTensor`` and ``DLManagedTensorVersioned`` in DLPack's
+``dlpack.h``, on the 64-bit systems that CUDA supports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from .dtypes import DTYPES, DType
+
+__all__ = ["CPU", "CUDA", "IS_COPIED", "READ_ONLY", "Tensor", "read_capsule", "retag"]
+
+#: ``DLDeviceType`` of hosts and of CUDA devices.
+CPU, CUDA = 1, 2
+#: Bits of a versioned capsule's ``flags``.
+READ_ONLY, IS_COPIED = 1, 2
+
+_LEGACY, _VERSIONED = b"dltensor", b"dltensor_versioned"
+_MINOR_VERSION, _FLAGS, _VERSIONED_TENSOR = 4, 24, 32
+_DTYPE = 20  # within the DLTensor
+
+_get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_get_pointer.restype = ctypes.c_void_p
+_get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid.restype = ctypes.c_int
+_is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+def _word(dtype: DType, code: int) -> int:
+    return code | dtype.dlpack_bits << 8 | 1 << 16  # uint8 code, uint8 bits, uint16 lanes
+
+
+_UNSIGNED = DTYPES["uint8"].dlpack_code
+_RETAGS = {row: (_word(row, _UNSIGNED), _word(row, row.dlpack_code)) for row in DTYPES.values() if not row.native}
+
+
+class Tensor(ctypes.Structure):
+    """``DLTensor``: the memory a capsule speaks of."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+def retag(capsule: Any, dtype: DType, *, versioned: bool, copied: bool = False) -> Any:
+    """Make a fresh capsule say what its bytes are.
+
+    Parameters
+    ----------
+    capsule : PyCapsule
+        Just exported, seen by nobody else.
+    dtype : DType
+        What its elements really are; the capsule names `dtype` itself or its carrier.
+    versioned : bool
+        Which of the two kinds of capsule it is.
+    copied : bool
+        Whether to set the flag that the consumer has the only reference to a copy.
+
+    Returns
+    -------
+    PyCapsule
+        The same one.
+
+    Raises
+    ------
+    BufferError
+        If the capsule does not hold what the carrier promised.
+    """
+    address = _get_pointer(capsule, _VERSIONED if versioned else _LEGACY)
+    if dtype in _RETAGS:
+        word = ctypes.c_uint32.from_address(address + (_VERSIONED_TENSOR if versioned else 0) + _DTYPE)
+        carried, meant = _RETAGS[dtype]
+        if word.value != carried:
+            raise BufferError(f"the carrier exported type {word.value:#010x}, expected {carried:#010x} for {dtype.name}")
+        word.value = meant
+        if versioned and dtype.itemsize == 1:  # float8 came with DLPack 1.1
+            minor = ctypes.c_uint32.from_address(address + _MINOR_VERSION)
+            minor.value = max(minor.value, 1)
+    if copied and versioned:
+        ctypes.c_uint64.from_address(address + _FLAGS).value |= IS_COPIED
+    return capsule
+
+
+def read_capsule(capsule: Any) -> tuple[Tensor, int]:
+    """Read an unconsumed capsule without consuming it.
+
+    Parameters
+    ----------
+    capsule : PyCapsule
+        Keep it alive as long as the memory is used: its destructor gives the memory back.
+
+    Returns
+    -------
+    tensor : Tensor
+        Valid while the capsule lives.
+    flags : int
+        `READ_ONLY`, `IS_COPIED`; 0 for a legacy capsule, which has none.
+
+    Raises
+    ------
+    BufferError
+        If it is no DLPack capsule, was consumed before, or is of a later major version.
+    """
+    if _is_valid(capsule, _LEGACY):
+        return Tensor.from_address(_get_pointer(capsule, _LEGACY)), 0
+    if not _is_valid(capsule, _VERSIONED):
+        raise BufferError(f"{capsule!r} is not an unconsumed DLPack capsule")
+    address = _get_pointer(capsule, _VERSIONED)
+    major = ctypes.c_uint32.from_address(address).value
+    if major != 1:
+        raise BufferError(f"the capsule is of DLPack {major}.x, understood is 1.x")
+    flags = ctypes.c_uint64.from_address(address + _FLAGS).value
+    return Tensor.from_address(address + _VERSIONED_TENSOR), flags

@@ -1,0 +1,175 @@
+"""What there is to fill with on this machine, and why the rest is not usable: `info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from .backends import BACKENDS, load
+from .errors import DeviceUnavailableError
+
+__all__ = ["BackendInfo", "Info", "info"]
+
+_FRAMEWORKS = ["keras", "torch", "jax", "tensorflow", "tensorflow-cpu", "numpy", "ml_dtypes"]
+_PACKAGES = {
+    "cupy": ["cupy", "cupy-cuda12x", "cupy-cuda13x"],
+    "numba": ["numba-cuda"],
+    "numpy": ["numpy"],
+}
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend on this machine.
+
+    Attributes
+    ----------
+    name : str
+        A name that ``GPUCONST_BACKEND`` takes.
+    device : str
+        The kind of device it serves.
+    version : str or None
+        Of its library, None where that is not installed.
+    why_not : str or None
+        Why it cannot be used, None if it can.
+    """
+
+    name: str
+    device: str
+    version: str | None
+    why_not: str | None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `info` found; ``str()`` is a table, `asdict` the same as JSON-able data.
+
+    Attributes
+    ----------
+    version : str
+        Of gpuconst.
+    python, system : str
+        Of the interpreter, and the machine it runs on.
+    default : str
+        What ``device=None`` gives, as ``"device (backend)"``, or why it gives nothing.
+    driver : str or None
+        The CUDA version that the NVIDIA driver supports, None without a driver.
+    devices : tuple of str
+        The GPUs, by name, compute capability and memory.
+    backends : tuple of BackendInfo
+        In the order in which they are tried.
+    frameworks : dict of str to str
+        Installed frameworks and their versions.
+    """
+
+    version: str
+    python: str
+    system: str
+    default: str
+    driver: str | None
+    devices: tuple[str, ...]
+    backends: tuple[BackendInfo, ...]
+    frameworks: dict[str, str]
+
+    def asdict(self) -> dict[str, Any]:
+        """Return the fields as plain data."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"gpuconst {self.version}, Python {self.python}, {self.system}",
+            f"default device: {self.default}",
+            f"NVIDIA driver: {f'CUDA {self.driver}' if self.driver else 'none'}",
+            *(f"  cuda:{index}: {device}" for index, device in enumerate(self.devices)),
+            "backends, in the order they are tried:",
+        ]
+        for row in self.backends:
+            state = "usable" if row.why_not is None else f"not usable: {row.why_not}"
+            lines.append(f"  {row.name:<6} {row.device:<5} {row.version or '-':<10} {state}")
+        lines.append("frameworks: " + ", ".join(f"{name} {version}" for name, version in self.frameworks.items()))
+        return "\n".join(lines)
+
+
+def info() -> Info:
+    """Describe devices, backends and versions, with the reason for each that is not usable.
+
+    The GPU is asked in a process of its own, so that this one stays free to fork.
+
+    Returns
+    -------
+    Info
+    """
+    found = _probe()
+    return Info(
+        version=_version(["gpuconst"]) or "unknown",
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        frameworks={name: version for name in _FRAMEWORKS if (version := _version([name]))},
+        default=found["default"],
+        driver=found["driver"],
+        devices=tuple(found["devices"]),
+        backends=tuple(
+            BackendInfo(name, device, _version(_PACKAGES[name]), found["why_not"][name])
+            for name, device in BACKENDS.items()
+        ),
+    )
+
+
+def _version(distributions: list[str]) -> str | None:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _probe() -> dict[str, Any]:
+    """Run `_look` in a new interpreter."""
+    code = "from gpuconst import environment; environment.print_probe()"
+    # -P would lose an uninstalled checkout, so the child searches where this process does.
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"], capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        reason = f"the probe of the GPU failed: {last}"
+        return {
+            "default": reason,
+            "driver": None,
+            "devices": [],
+            "why_not": {name: reason if device != "cpu" else None for name, device in BACKENDS.items()},
+        }
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def print_probe() -> None:
+    """Print as one line of JSON what can be used; run in a process of its own."""
+    from .backends import select
+    from .kernels import cuda_driver
+
+    found = cuda_driver.driver()
+    try:
+        place = select(None)
+        default = f"{place.device} ({place.backend})"
+    except (DeviceUnavailableError, ValueError) as error:
+        default = f"none: {error}"
+    print(
+        json.dumps(
+            {
+                "default": default,
+                "driver": cuda_driver.dotted(found.version) if found.version else None,
+                "devices": [
+                    f"{device.name}, compute capability {'.'.join(map(str, device.capability))}, "
+                    f"{device.nbytes / 2**30:.0f} GiB"
+                    for device in found.devices
+                ],
+                "why_not": {name: load(name).why_not(0) for name in BACKENDS},
+            }
+        )
+    )

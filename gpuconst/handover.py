@@ -1,0 +1,95 @@
+"""Hand-over to frameworks: each one's own import, and a refusal where it would copy."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+from .dlpack import CPU
+from .dtypes import DType
+
+__all__ = ["to_cupy", "to_jax", "to_tensorflow", "to_torch"]
+
+
+class Exporter(Protocol):
+    """What there is to hand over."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+
+    def data_ptr(self) -> int:
+        """Return the address."""
+
+    def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None) -> Any:
+        """Export a capsule."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return where it is."""
+
+
+def to_torch(array: Exporter, dtype: DType) -> Any:
+    """Return a torch tensor of the array's memory."""
+    torch = _import("torch", "torch")
+    if not hasattr(torch, dtype.name):
+        raise TypeError(f"torch {torch.__version__} has no dtype {dtype.name}; to_numpy() and to_jax() take it")
+    tensor = torch.from_dlpack(array)
+    _check_shared(array, tensor.data_ptr(), "torch")
+    return tensor
+
+
+def to_jax(array: Exporter, dtype: DType) -> Any:
+    """Return a JAX array of the array's memory."""
+    jax = _import("jax", "jax")
+    canonical = jax.dtypes.canonicalize_dtype(dtype.numpy)
+    if canonical != dtype.numpy:
+        raise TypeError(
+            f"JAX would copy {dtype.name} to {canonical}, because 64-bit types are off; "
+            f"pass dtype={str(canonical)!r}, or enable them: jax.config.update('jax_enable_x64', True)"
+        )
+    shared = jax.dlpack.from_dlpack(array)
+    _check_shared(array, shared.unsafe_buffer_pointer(), "JAX")
+    return shared
+
+
+def to_tensorflow(array: Exporter, dtype: DType) -> Any:
+    """Return a TensorFlow tensor of the array's memory; the fill must have finished."""
+    tensorflow = _import("tensorflow", "tensorflow")
+    if dtype.name.startswith("float8"):
+        raise TypeError(
+            f"TensorFlow does not import {dtype.name} through DLPack; "
+            "fill with 'bfloat16' and cast there, or use to_torch() or to_jax()"
+        )
+    return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def to_cupy(array: Exporter, dtype: DType) -> Any:
+    """Return a CuPy array of the array's memory."""
+    if array.__dlpack_device__()[0] == CPU:
+        raise BufferError(
+            "CuPy holds CUDA memory only, and this array is on the CPU; "
+            "fill with device='cuda', or copy it: cupy.asarray(x.to_numpy())"
+        )
+    cupy = _import("cupy", "cuda12' or 'gpuconst[cuda13")
+    if dtype.name.startswith("float8"):
+        raise TypeError(f"CuPy has no dtype {dtype.name}; fill with 'uint8' and the raw bits, or use to_torch()")
+    shared = cupy.from_dlpack(array)
+    _check_shared(array, shared.data.ptr, "CuPy")
+    return shared
+
+
+def _import(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise ImportError(f"{name} is not installed; pip install 'gpuconst[{extra}]'", name=name) from error
+
+
+def _check_shared(array: Exporter, address: int, consumer: str) -> None:
+    if array.size and address != array.data_ptr():
+        raise BufferError(
+            f"{consumer} copied the array ({array.data_ptr():#x} became {address:#x}); to accept a copy, "
+            "use its own conversion of to_numpy()"
+        )

@@ -1,0 +1,285 @@
+"""Foreign arrays as addresses and integers: whatever the library, whatever the protocol.
+
+Frameworks are recognised among the modules already imported; none is imported to look at an object.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .array import Array
+from .dlpack import CPU, CUDA, READ_ONLY, Tensor, read_capsule
+from .dtypes import DType, dtype_from_dlpack, resolve_dtype
+from .kernels import cuda_driver
+from .kernels.runs import contiguous_strides
+from .torch_rules import local_part
+
+__all__ = ["View", "shares_memory", "view_of"]
+
+_CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
+_IS_COPIED = 2
+
+
+class View(NamedTuple):
+    """Memory that somebody else owns.
+
+    Attributes
+    ----------
+    address : int
+        Of the element at index (0, 0, …).
+    shape : tuple of int
+        Elements along each dimension.
+    strides : tuple of int
+        Bytes from one element to the next along each dimension.
+    dtype : DType
+        Of the elements.
+    device : str
+        ``"cpu"`` or ``"cuda:N"``.
+    owner : object
+        Keeps the memory alive.
+    read_only : str or None
+        Why it must not be written, or None.
+    stream : int
+        The CUDA stream that orders work on it; 0 for the legacy default one, and for the CPU.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: DType
+    device: str
+    owner: Any
+    read_only: str | None = None
+    stream: int = 0
+
+
+def view_of(x: Any) -> View:
+    """Look at the memory of an array-like object, copying nothing.
+
+    Parameters
+    ----------
+    x : object
+        A gpuconst `Array`, a NumPy, CuPy or JAX array, a torch or TensorFlow tensor, or anything with
+        ``__dlpack__``, ``__cuda_array_interface__``, ``__array_interface__`` or the buffer protocol.
+
+    Returns
+    -------
+    View
+
+    Raises
+    ------
+    TypeError
+        If it is nothing of the sort, or its elements are of no dtype in the table.
+    ValueError
+        If what it says of itself is impossible.
+    BufferError
+        If it refuses to be looked at, or answers with a copy.
+    """
+    return _check(_reader(type(x))(x))
+
+
+def shares_memory(a: Any, b: Any) -> bool:
+    """Say whether two arrays have a byte of memory in common.
+
+    Parameters
+    ----------
+    a, b : object
+        Arrays of any library, as for `fill`; immutable ones (JAX, TensorFlow) too.
+
+    Returns
+    -------
+    bool
+        False where they are on different devices, or one of them is empty.
+
+    Raises
+    ------
+    TypeError
+        If one of them is no array.
+    """
+    first, second = view_of(a), view_of(b)
+    return first.device == second.device and bool(np.shares_memory(_outline(first), _outline(second)))
+
+
+def _outline(view: View) -> np.ndarray:
+    """Return a NumPy array at the view's addresses, CUDA ones too: for arithmetic, never to be read."""
+
+    class Outline:
+        __array_interface__ = {
+            "version": 3,
+            "data": (view.address, True),
+            "shape": view.shape,
+            "strides": view.strides,
+            "typestr": f"|V{view.dtype.itemsize}",
+        }
+
+    return np.asarray(Outline())
+
+
+@functools.lru_cache(maxsize=256)
+def _reader(kind: type) -> Callable[[Any], View]:
+    """Return the function that reads objects of a type."""
+    if issubclass(kind, Array):
+        return _read_array
+    if issubclass(kind, np.ndarray | np.generic):
+        return _read_numpy
+    for module, name, read in _FRAMEWORKS:
+        loaded = sys.modules.get(module)
+        if loaded is not None and issubclass(kind, getattr(loaded, name, ())):
+            return read
+    if hasattr(kind, "__cuda_array_interface__"):
+        return _read_cuda_interface
+    if hasattr(kind, "__dlpack__"):
+        return _read_dlpack
+    return _read_buffer
+
+
+def _read_array(x: Array) -> View:
+    return View(
+        x.data_ptr(), x.shape, contiguous_strides(x.shape, x.itemsize), x._dtype, x.device, x, None, x._stream
+    )
+
+
+def _read_numpy(x: Any) -> View:
+    dtype = resolve_dtype(x.dtype)
+    read_only = None if isinstance(x, np.ndarray) and x.flags.writeable else "it is read-only"
+    return View(x.__array_interface__["data"][0], x.shape, x.strides, dtype, "cpu", x, read_only)
+
+
+def _read_torch(x: Any) -> View:
+    tensor = local_part(x)
+    if not (tensor.is_cpu or tensor.is_cuda):
+        raise TypeError(f"the tensor is on {tensor.device}, expected a CPU or CUDA tensor")
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError as error:
+        raise TypeError(f"the tensor has no memory of its own ({error})") from None
+    dtype = resolve_dtype(tensor.dtype)
+    itemsize = dtype.itemsize
+    shape, strides = tuple(tensor.shape), tuple([stride * itemsize for stride in tensor.stride()])
+    device, stream = "cpu", 0
+    if tensor.is_cuda:
+        import torch
+
+        device, stream = f"cuda:{tensor.get_device()}", torch.cuda.current_stream(tensor.device).cuda_stream
+    last = (tensor.storage_offset() + sum((n - 1) * s for n, s in zip(shape, tensor.stride(), strict=True)) + 1) * itemsize
+    if tensor.numel() and last > tensor.untyped_storage().nbytes():
+        raise ValueError(f"the tensor's storage was resized to {tensor.untyped_storage().nbytes()} bytes, it needs {last}")
+    return View(address, shape, strides, dtype, device, x, None, stream)
+
+
+def _read_jax(x: Any) -> View:
+    if isinstance(x, sys.modules["jax.core"].Tracer):
+        raise TypeError(f"{x!r} is being traced and has no memory")
+    return _read_dlpack(x)._replace(read_only="JAX arrays are immutable; make a new one: gpuconst.full(...).to_jax()")
+
+
+def _read_tensorflow(x: Any) -> View:
+    if not hasattr(x, "__dlpack__"):
+        x = x.value()  # a variable
+    return _read_dlpack(x)._replace(
+        read_only="TensorFlow's tensors are immutable; make a new one: gpuconst.full(...).to_tensorflow()"
+    )
+
+
+def _read_cupy(x: Any) -> View:
+    stream = sys.modules["cupy"].cuda.get_current_stream(x.device.id).ptr
+    return View(x.data.ptr, x.shape, x.strides, resolve_dtype(x.dtype), f"cuda:{x.device.id}", x, None, stream)
+
+
+def _read_cuda_interface(x: Any) -> View:
+    interface = x.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise TypeError("the array is masked; fill its data and its mask each on its own")
+    (address, read_only), shape = interface["data"], tuple(interface["shape"])
+    dtype = resolve_dtype(np.dtype(interface["typestr"]))
+    strides = interface.get("strides")
+    strides = tuple(strides) if strides is not None else contiguous_strides(shape, dtype.itemsize)
+    index = cuda_driver.device_of(address) if math.prod(shape) else 0
+    return View(
+        address, shape, strides, dtype, f"cuda:{index}", x, "it is read-only" if read_only else None,
+        interface.get("stream") or 0,
+    )  # fmt: skip
+
+
+def _read_dlpack(x: Any) -> View:
+    kind = int(x.__dlpack_device__()[0])
+    arguments = {"stream": 1} if kind == CUDA else {}
+    try:
+        capsule = x.__dlpack__(**arguments, max_version=(1, 1), copy=False)
+    except TypeError:  # an exporter of before DLPack 1.0
+        capsule = x.__dlpack__(**arguments)
+    tensor, flags = read_capsule(capsule)
+    if flags & _IS_COPIED:
+        raise BufferError(f"{type(x).__name__}.__dlpack__ answered with a copy, although copy=False was asked")
+    device = _dlpack_device(tensor)
+    dtype = dtype_from_dlpack(tensor.code, tensor.bits)
+    if dtype is None or tensor.lanes != 1:
+        raise TypeError(f"DLPack type code {tensor.code} with {tensor.bits} bits and {tensor.lanes} lanes is no dtype here")
+    if not 0 <= tensor.ndim <= 64:
+        raise ValueError(f"the DLPack tensor says that it has {tensor.ndim} dimensions")
+    shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
+    if tensor.strides:
+        strides = tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
+    else:
+        strides = contiguous_strides(shape, dtype.itemsize)
+    address = (tensor.data or 0) and tensor.data + tensor.byte_offset
+    return View(address, shape, strides, dtype, device, capsule, "it is read-only" if flags & READ_ONLY else None)
+
+
+def _dlpack_device(tensor: Tensor) -> str:
+    if tensor.device_type in (CPU, _CUDA_HOST):
+        return "cpu"
+    if tensor.device_type == CUDA:
+        return f"cuda:{tensor.device_id}"
+    name = "CUDA managed memory" if tensor.device_type == _CUDA_MANAGED else f"DLPack device type {tensor.device_type}"
+    raise TypeError(f"the tensor is in {name}, expected CPU or CUDA device memory")
+
+
+def _read_buffer(x: Any) -> View:
+    if hasattr(x, "__cuda_array_interface__"):  # set on the object, not on its type
+        return _read_cuda_interface(x)
+    if hasattr(x, "__array_interface__") or hasattr(x, "__array_struct__"):
+        return _read_numpy(np.asarray(x))._replace(owner=x)
+    try:
+        exported = np.asarray(memoryview(x))
+    except TypeError:
+        hint = "; for a Keras variable use variable.assign" if hasattr(x, "assign") else ""
+        raise TypeError(
+            f"{type(x).__name__} is no array; expected a torch tensor, a NumPy or CuPy array, a gpuconst.Array, "
+            f"or an object with DLPack or the buffer protocol{hint}"
+        ) from None
+    return _read_numpy(exported)
+
+
+_FRAMEWORKS: list[tuple[str, str, Callable[[Any], View]]] = [
+    ("torch", "Tensor", _read_torch),
+    ("cupy", "ndarray", _read_cupy),
+    ("jax", "Array", _read_jax),
+    ("jax.core", "Tracer", _read_jax),
+    ("tensorflow", "Tensor", _read_tensorflow),
+    ("tensorflow", "Variable", _read_tensorflow),
+]
+
+
+def _check(view: View) -> View:
+    """Refuse what no memory can be."""
+    address, shape, strides, dtype = view[:4]
+    if len(shape) != len(strides):
+        raise ValueError(f"the array says it has shape {shape} and strides {strides}: their lengths differ")
+    if shape and min(shape) < 0:
+        raise ValueError(f"the array says it has shape {shape}: a dimension is negative")
+    if 0 in shape:
+        return view
+    low = address + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s < 0)
+    high = address + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s > 0) + dtype.itemsize
+    if not address:
+        raise ValueError(f"the array has shape {shape} but its address is null: its memory was freed")
+    if low < 4096 or high > 2**63:
+        raise ValueError(f"the array says it lies at {low:#x} … {high:#x}: no memory is there")
+    return view
