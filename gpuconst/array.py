@@ -106,7 +106,7 @@ class Array:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return the DLPack device type and index of the memory."""
-        return _CPU_DEVICE if self._place.device == "cpu" else (CUDA, self._place.index)
+        return _CPU_DEVICE if self._place.device == "cpu" else (CUDA, self._place.ordinal)
 
     def __dlpack__(
         self,
@@ -169,18 +169,18 @@ class Array:
         if copy or target != here:
             source = self._copied_to(self._place if target == here else select("cpu"))
         if consumer is not None and target == here:
-            self._place.module.order(self._stream, consumer, self._place.index)
+            self._place.module.order(self._stream, consumer, self._place.ordinal)
         # Ordered above, for every backend alike: -1 tells the carrier's exporter not to.
         capsule = source._carrier.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
         versioned = max_version is not None and max_version[0] >= 1
         return retag(capsule, self._dtype, versioned=versioned, copied=source is not self)
 
     def _copied_to(self, place: Place) -> Array:
-        carrier, address = place.module.allocate(self.shape, self._dtype.carrier, place.index, self._stream)
+        carrier, address = place.module.allocate(self.shape, self._dtype.carrier, place.ordinal, self._stream)
         here = self._place
-        here.module.copy(address, self._address, self.nbytes, here.index, self._stream)
+        here.module.copy(address, self._address, self.nbytes, here.ordinal, self._stream)
         if place.device == "cpu":
-            here.module.synchronize(here.index, self._stream)
+            here.module.synchronize(here.ordinal, self._stream)
         return Array(carrier, address, self.shape, self._dtype, place, self._stream)
 
     @property
@@ -264,7 +264,7 @@ class Array:
             If the dtype is a float8, which TensorFlow's DLPack does not take.
         """
         if self._place.device != "cpu":  # TensorFlow reads on streams of its own
-            self._place.module.synchronize(self._place.index, self._stream)
+            self._place.module.synchronize(self._place.ordinal, self._stream)
         return handover.to_tensorflow(self, self._dtype)
 
     def to_cupy(self) -> Any:

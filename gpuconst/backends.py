@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -70,7 +69,7 @@ class Place(NamedTuple):
         A key of `BACKENDS`.
     device : str
         ``"cpu"`` or ``"cuda:N"``.
-    index : int
+    ordinal : int
         N; 0 for the CPU.
     module : Backend
         The backend's functions.
@@ -78,7 +77,7 @@ class Place(NamedTuple):
 
     backend: str
     device: str
-    index: int
+    ordinal: int
     module: Backend
 
 
@@ -128,7 +127,7 @@ def _select(device: Any) -> Place:
     else:
         kind, index = _parse(device)
         kinds = [kind]
-    reasons = {}
+    reasons: dict[str, str] = {}
     for kind in kinds:
         for name in candidates(kind, forced):
             module = load(name)

@@ -66,7 +66,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     element = encode(fill_value, row)
     place = select(device)
     handle = stream_handle(stream, place)
-    carrier, address = place.module.full(dims, row.carrier, element, place.index, handle)
+    carrier, address = place.module.full(dims, row.carrier, element, place.ordinal, handle)
     return Array(carrier, address, dims, row, place, handle)
 
 

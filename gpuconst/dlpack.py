@@ -87,7 +87,7 @@ def retag(capsule: Any, dtype: DType, *, versioned: bool, copied: bool = False) 
         word = ctypes.c_uint32.from_address(address + (_VERSIONED_TENSOR if versioned else 0) + _DTYPE)
         carried, meant = _RETAGS[dtype]
         if word.value != carried:
-            raise BufferError(f"the carrier exported type {word.value:#010x}, expected {carried:#010x} for {dtype.name}")
+            raise BufferError(f"the carrier exported type {word.value:#x}, expected {carried:#x} for {dtype.name}")
         word.value = meant
         if versioned and dtype.itemsize == 1:  # float8 came with DLPack 1.1
             minor = ctypes.c_uint32.from_address(address + _MINOR_VERSION)

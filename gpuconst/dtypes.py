@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -127,10 +128,8 @@ def _resolve_foreign(dtype: Any) -> DType:
     elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
         found = dtype.dtype  # jax.numpy.float32 and its like
     if found is not None and not (isinstance(found, str) and found in DTYPES):
-        try:
+        with contextlib.suppress(TypeError):
             found = np.dtype(found)
-        except TypeError:
-            pass
     if isinstance(found, np.dtype) and not found.isnative:
         raise TypeError(
             f"dtype {found.str!r} is not in this machine's byte order; "

@@ -133,8 +133,9 @@ def _version(distributions: list[str]) -> str | None:
 def _probe() -> dict[str, Any]:
     """Run `_look` in a new interpreter."""
     code = "from gpuconst import environment; environment.print_probe()"
-    # -P would lose an uninstalled checkout, so the child searches where this process does.
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"], capture_output=True, text=True)  # fmt: skip
+    # The child searches where this process does, whatever has been done to its sys.path.
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         reason = f"the probe of the GPU failed: {last}"

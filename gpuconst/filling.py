@@ -44,7 +44,8 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     TypeError
         If `x` is no array, or the value is of another kind than its dtype.
     ValueError
-        If `x` is read-only or immutable (JAX, TensorFlow), describes impossible memory, or a stream is given for CPU memory.
+        If `x` is read-only or immutable (JAX, TensorFlow), describes impossible memory, or a stream is
+        given for CPU memory.
     OverflowError
         If the value does not fit the dtype of `x`.
     RuntimeError
@@ -60,8 +61,8 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     place = select(view.device)
     handle = view.stream if stream is None else stream_handle(stream, place)
     if handle != view.stream and not is_torch:
-        place.module.order(view.stream, handle, place.index)
-    place.module.fill([Region(view.address, view.shape, view.strides, element)], place.index, handle)
+        place.module.order(view.stream, handle, place.ordinal)
+    place.module.fill([Region(view.address, view.shape, view.strides, element)], place.ordinal, handle)
     if is_torch:
         mark_written([x])
     elif isinstance(x, Array):

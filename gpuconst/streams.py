@@ -37,7 +37,7 @@ def stream_handle(stream: Any, place: Place) -> int:
     if place.device == "cpu":
         raise ValueError(f"stream={stream!r} was given, but the result is on the CPU, which has none; drop it")
     index = getattr(stream, "device_index", getattr(stream, "device_id", None))  # torch's; CuPy's
-    if isinstance(index, int) and index >= 0 and index != place.index:
+    if isinstance(index, int) and index >= 0 and index != place.ordinal:
         raise ValueError(f"{stream!r} is a stream of cuda:{index}, the memory is on {place.device}")
     if hasattr(stream, "__cuda_stream__"):
         return int(stream.__cuda_stream__()[1])

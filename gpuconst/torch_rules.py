@@ -62,11 +62,11 @@ def check_writable(tensor: Any) -> None:
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("the tensor was made in inference mode; fill it there, or fill a clone()")
     if tensor.layout is not torch.strided:
-        raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; fill its values(), or to_dense()")
+        raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; fill its values()")
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise TypeError(f"{type(tensor).__name__} keeps its data elsewhere than in its own storage; fill the tensor within")
+        raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; fill those")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        raise TypeError("the tensor is being transformed (vmap, grad, functionalize) and has no memory; use torch.full_like")
+        raise TypeError("the tensor is being transformed (vmap, grad) and has no memory; use torch.full_like")
     if tensor.is_neg() or tensor.is_conj():
         raise ValueError("the tensor is a lazy negative or conjugate view; fill x.resolve_neg().resolve_conj()")
 

@@ -172,9 +172,7 @@ def encode(value: Any, dtype: DType) -> bytes:
             pass  # the long way says what is wrong
     if isinstance(value, bytes):
         if len(value) != dtype.itemsize:
-            raise ValueError(
-                f"fill_value has {len(value)} bytes, one {dtype.name} element has {dtype.itemsize}"
-            )
+            raise ValueError(f"fill_value has {len(value)} bytes, one {dtype.name} element has {dtype.itemsize}")
         return value
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
@@ -235,7 +233,7 @@ def _encode_integer(number: int | float | complex, dtype: DType) -> bytes:
             raise OverflowError(f"{number!r} does not fit {dtype.name}; pass a finite value or a floating dtype")
         if not number.is_integer():
             raise TypeError(
-                f"{number!r} has a fraction, {dtype.name} holds whole numbers; pass int(x), round(x) or a floating dtype"
+                f"{number!r} has a fraction, {dtype.name} holds whole numbers; pass round(x) or a floating dtype"
             )
     number = int(number)
     if not low <= number <= high:
@@ -265,7 +263,7 @@ def _encode_inexact(number: int | float | complex, dtype: DType) -> bytes:
     return rounded.tobytes()
 
 
-_E8M0_SMALLEST = float(ml_dtypes.finfo(ml_dtypes.float8_e8m0fnu).smallest_normal)
+_E8M0_SMALLEST = 2.0**-127
 
 
 def _as_float(number: int | float | complex) -> float | complex:
@@ -283,7 +281,7 @@ def _does_not_fit(number: int | float | complex, dtype: DType) -> OverflowError:
     if dtype.numpy.kind == "c":
         limit, bits = np.finfo(dtype.numpy).max, "complex128"
     else:
-        limit, bits = ml_dtypes.finfo(dtype.numpy).max, "float64"
+        limit, bits = ml_dtypes.finfo(dtype.numpy).max, "float64"  # type: ignore[no-untyped-call]
     if dtype.name == "float8_e8m0fnu":
         span = f"powers of two from {_E8M0_SMALLEST:.4g} to {float(limit):.4g}, and nan; it has no zero"
     else:

@@ -81,7 +81,8 @@ def view_of(x: Any) -> View:
     BufferError
         If it refuses to be looked at, or answers with a copy.
     """
-    return _check(_reader(type(x))(x))
+    kind: Any = type(x)
+    return _check(_reader(kind)(x))
 
 
 def shares_memory(a: Any, b: Any) -> bool:
@@ -140,9 +141,7 @@ def _reader(kind: type) -> Callable[[Any], View]:
 
 
 def _read_array(x: Array) -> View:
-    return View(
-        x.data_ptr(), x.shape, contiguous_strides(x.shape, x.itemsize), x._dtype, x.device, x, None, x._stream
-    )
+    return View(x.data_ptr(), x.shape, contiguous_strides(x.shape, x.itemsize), x._dtype, x.device, x, None, x._stream)
 
 
 def _read_numpy(x: Any) -> View:
@@ -167,9 +166,10 @@ def _read_torch(x: Any) -> View:
         import torch
 
         device, stream = f"cuda:{tensor.get_device()}", torch.cuda.current_stream(tensor.device).cuda_stream
-    last = (tensor.storage_offset() + sum((n - 1) * s for n, s in zip(shape, tensor.stride(), strict=True)) + 1) * itemsize
-    if tensor.numel() and last > tensor.untyped_storage().nbytes():
-        raise ValueError(f"the tensor's storage was resized to {tensor.untyped_storage().nbytes()} bytes, it needs {last}")
+    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(shape, tensor.stride(), strict=True)) + 1
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() and last * itemsize > stored:
+        raise ValueError(f"the tensor's storage was resized to {stored} bytes, it needs {last * itemsize}")
     return View(address, shape, strides, dtype, device, x, None, stream)
 
 
@@ -220,7 +220,10 @@ def _read_dlpack(x: Any) -> View:
     device = _dlpack_device(tensor)
     dtype = dtype_from_dlpack(tensor.code, tensor.bits)
     if dtype is None or tensor.lanes != 1:
-        raise TypeError(f"DLPack type code {tensor.code} with {tensor.bits} bits and {tensor.lanes} lanes is no dtype here")
+        raise TypeError(
+            f"the DLPack tensor has type code {tensor.code} with {tensor.bits} bits and {tensor.lanes} lanes, "
+            "which is no dtype here"
+        )
     if not 0 <= tensor.ndim <= 64:
         raise ValueError(f"the DLPack tensor says that it has {tensor.ndim} dimensions")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))

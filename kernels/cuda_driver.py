@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any, NamedTuple
 
-from ..errors import DeviceUnavailableError
+from gpuconst.errors import DeviceUnavailableError
 
 #: CUDA 12, the oldest that both CuPy 14 and numba-cuda support.
 OLDEST_DRIVER = 12000
@@ -133,6 +133,7 @@ def _explain(status: int) -> str:
 
 
 def dotted(version: int) -> str:
+    """Return CUDA's integer version as people write it."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 

@@ -27,10 +27,16 @@ TWO_THREADS = 32 << 20
 # array type for each length instead would cost several times the fill of a small tensor. It starts
 # above the null page because NumPy takes a buffer at address 0 for none.
 _ORIGIN = 4096
-_MEMORY = (ctypes.c_char * (sys.maxsize - _ORIGIN)).from_address(_ORIGIN)
+_MEMORY: Any = (ctypes.c_char * (sys.maxsize - _ORIGIN)).from_address(_ORIGIN)
 
-_UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8"), 16: np.dtype("V16")}
-_BYTES = _UNSIGNED[1]
+_UNSIGNED: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("u2"),
+    4: np.dtype("u4"),
+    8: np.dtype("u8"),
+    16: np.dtype("V16"),
+}
+_BYTES = np.dtype("u1")
 
 
 def why_not(index: int) -> str | None:
@@ -103,7 +109,7 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> np.ndarray:
-    return np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides)  # type: ignore[arg-type]
+    return np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides)
 
 
 def _fill_bytes(target: np.ndarray, element: bytes) -> None:
@@ -128,7 +134,9 @@ def _copy_rows(target: np.ndarray, element: bytes) -> None:
 
 
 # Reading the bytes anew takes half as long as filling a small array with them.
-_element = functools.lru_cache(maxsize=64)(np.frombuffer)
+@functools.lru_cache(maxsize=64)
+def _element(element: bytes, dtype: np.dtype[Any]) -> np.ndarray:
+    return np.frombuffer(element, dtype)
 
 
 @functools.lru_cache(maxsize=8)

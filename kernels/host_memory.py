@@ -9,6 +9,7 @@ which never gets them.)
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from sys import getrefcount
@@ -82,10 +83,8 @@ def _own_block(nbytes: int) -> tuple[Any, int, int, bool]:
     offset = -start % HUGE_PAGE if margin else 0
     if margin:
         # Whole huge pages only: the rest would round the memory used up to the next 2 MiB.
-        try:
+        with contextlib.suppress(OSError):  # a kernel built without them: small pages serve
             buffer.madvise(mmap.MADV_HUGEPAGE, offset, nbytes // HUGE_PAGE * HUGE_PAGE)
-        except OSError:
-            pass  # a kernel built without them: small pages serve
     return buffer, offset, start + offset, True
 
 
@@ -106,4 +105,3 @@ class _Slab:
 # atomic, so there is no lock to be held across a fork, a signal or a finalizer. There are never more
 # slabs here than threads that carved at once.
 _open: list[_Slab] = []
-
