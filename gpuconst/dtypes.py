@@ -130,7 +130,7 @@ def _resolve_foreign(dtype: Any) -> DType:
     if found is not None and not (isinstance(found, str) and found in DTYPES):
         with contextlib.suppress(TypeError):
             found = np.dtype(found)
-    if isinstance(found, np.dtype) and not found.isnative:
+    if isinstance(found, np.dtype) and not found.isnative and found.newbyteorder("=") in _ALIASES:
         raise TypeError(
             f"dtype {found.str!r} is not in this machine's byte order; "
             f"pass {found.newbyteorder('=').name!r} and swap the bytes where they are written out"

@@ -64,7 +64,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
     if type(shape) is tuple:
         nbytes = itemsize
         for length in shape:
-            if type(length) is not int or length < 0:
+            if type(length) is not int or length < 1:
                 break
             nbytes *= length
         else:
@@ -132,7 +132,7 @@ def default_dtype(value: Any) -> DType:
     if isinstance(number, int):
         if not -(2**63) <= number < 2**63:
             wider = "pass dtype='uint64'" if 0 <= number < 2**64 else "pass a floating dtype"
-            raise OverflowError(f"{number} does not fit int64, the default dtype of an int; {wider}")
+            raise OverflowError(f"{_shown(number)} does not fit int64, the default dtype of an int; {wider}")
         return DTYPES["int64"]
     return _DEFAULTS[complex if isinstance(number, complex) else float]
 
@@ -200,8 +200,10 @@ def _number(value: Any) -> int | float | complex:
             value = float(value)
     if isinstance(value, int | float | complex):
         return value
-    if isinstance(value, np.generic):
-        hint = f"; pass float(x) or a scalar of another dtype than {value.dtype}"
+    if isinstance(value, np.flexible | np.datetime64 | np.timedelta64):
+        hint = ""
+    elif isinstance(value, np.complexfloating):
+        hint = "; pass complex(x)"
     elif hasattr(value, "__float__") and not isinstance(value, str):
         hint = "; pass float(x)"
     elif hasattr(value, "item"):
@@ -215,6 +217,11 @@ def _number(value: Any) -> int | float | complex:
 
 
 _ML_DTYPES = frozenset(row.numpy for row in DTYPES.values() if not row.native)
+
+
+def _shown(number: int | float | complex) -> str:
+    # Python refuses to write out ints of thousands of digits.
+    return f"an int of {number.bit_length()} bits" if isinstance(number, int) and abs(number) >> 512 else repr(number)
 
 
 def _real(number: int | float | complex, dtype: DType) -> int | float:
@@ -242,8 +249,8 @@ def _encode_integer(number: int | float | complex, dtype: DType) -> bytes:
         elif -(2**63) <= number < 2**63:
             way_out = f'to wrap it, pass numpy.int64({number}).astype("{dtype.name}")'
         else:
-            way_out = "pass a value in that range or a wider dtype"
-        raise OverflowError(f"{number} does not fit {dtype.name} ({low} … {high}); {way_out}")
+            way_out = "pass a value in that range, or a wider or floating dtype"
+        raise OverflowError(f"{_shown(number)} does not fit {dtype.name} ({low} … {high}); {way_out}")
     return np.array(number, dtype.numpy).tobytes()
 
 
@@ -287,8 +294,9 @@ def _does_not_fit(number: int | float | complex, dtype: DType) -> OverflowError:
     else:
         span = f"±{float(limit):.6g}"
         if not isinstance(number, int) and not np.isfinite(number):
-            span += ", without that special value"
+            span += ", without infinity"
+    wider = "" if dtype.name == bits else f" a wider dtype such as {bits},"
     return OverflowError(
-        f"{number!r} does not fit {dtype.name} ({span}); pass a value in that range, a wider dtype such as "
-        f"{bits}, or the element's raw bits as bytes"
+        f"{_shown(number)} does not fit {dtype.name} ({span}); pass a value in that range,{wider} "
+        "or the element's raw bits as bytes"
     )
