@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .array import Array
 from .backends import select
 from .dtypes import resolve_dtype
+from .errors import OutOfMemoryError
 from .streams import stream_handle
 from .values import check_shape, default_dtype, encode
 
@@ -66,12 +68,18 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     element = encode(fill_value, row)
     place = select(device)
     handle = stream_handle(stream, place)
-    carrier, address = place.module.full(dims, row.carrier, element, place.ordinal, handle)
+    try:
+        carrier, address = place.module.full(dims, row.carrier, element, place.ordinal, handle)
+    except MemoryError as error:
+        nbytes = math.prod(dims) * row.itemsize
+        raise OutOfMemoryError(
+            f"{place.device} has no memory for {nbytes:,} bytes (shape {dims}, {row.name}): {error}"
+        ) from error
     return Array(carrier, address, dims, row, place, handle)
 
 
 def zeros(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any = None) -> Array:
-    """Return a new array of zeros; `full` with 0, and float32 by default.
+    """Return a new array of zeros; `full` with 0.0, and float32 by default.
 
     Parameters
     ----------
@@ -89,11 +97,11 @@ def zeros(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any
     OverflowError
         If the dtype has no zero (float8_e8m0fnu); otherwise as for `full`.
     """
-    return full(shape, 0, dtype=dtype, device=device, stream=stream)
+    return full(shape, 0.0, dtype=dtype, device=device, stream=stream)
 
 
 def ones(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any = None) -> Array:
-    """Return a new array of ones; `full` with 1, and float32 by default.
+    """Return a new array of ones; `full` with 1.0, and float32 by default.
 
     Parameters
     ----------
@@ -106,4 +114,4 @@ def ones(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any 
     -------
     Array
     """
-    return full(shape, 1, dtype=dtype, device=device, stream=stream)
+    return full(shape, 1.0, dtype=dtype, device=device, stream=stream)
