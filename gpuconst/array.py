@@ -212,8 +212,9 @@ class Array:
         numpy.ndarray
         """
         host = self if self._place.device == "cpu" else self._copied_to(select("cpu"))
-        carrier: np.ndarray = host._carrier
-        return carrier if self._dtype.native else carrier.view(self._dtype.numpy)
+        # Always a new view: giving it another shape or making it read-only must not reach the carrier.
+        view: np.ndarray = host._carrier.view(self._dtype.numpy)
+        return view
 
     def to_torch(self) -> Any:
         """Return a torch tensor of the same memory.
