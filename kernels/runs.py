@@ -8,19 +8,28 @@ stores them at any 16-byte boundary without rotating, and one tile serves all st
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 TILE = 16
-#: Inner stretches shorter than this, in bytes, are cheaper element by element.
-SHORTEST_STRETCH = 32
+
+#: A CTA of a GPU kernel: 256 threads, four 16-byte stores each.
+THREADS = 256
+BLOCK = THREADS * 4 * TILE
+#: What a warp fills of a run in a table: eight 16-byte stores a lane.
+LANES = 32
+CHUNK = LANES * 8 * TILE
+#: Lengths that a strided kernel takes as parameters, the outermost dimension's not among them.
+INNER_LENGTHS = 3
 
 #: One run: ``count`` stretches of ``nbytes`` bytes, ``pitch`` bytes from one to the next.
 RUN = np.dtype(
     [("address", "u8"), ("nbytes", "u8"), ("pitch", "u8"), ("count", "u8"), ("tile_low", "u8"), ("tile_high", "u8")]
 )
+
+_TABLE_WORDS = len(RUN) + 1
 
 
 class Region(NamedTuple):
@@ -107,8 +116,10 @@ def as_run(region: Region) -> tuple[int, ...] | None:
         shape, strides = shape[:-1], strides[:-1]
     if not shape:
         return (address, inner, 0, 1, *tile(address, element))
-    if len(shape) > 1 or inner < SHORTEST_STRETCH or strides[0] % itemsize or strides[0] < inner:
+    if len(shape) > 1 or strides[0] % itemsize or strides[0] < inner:
         return None
+    if inner < LANES * _power_of_two(TILE | address | inner | strides[0]):
+        return None  # a warp would store one piece a lane and fewer: cheaper piece by piece
     return (address, inner, strides[0], shape[0], *tile(address, element))
 
 
@@ -141,4 +152,107 @@ def piece(region: Region) -> int:
     bits = TILE | region.address | len(region.element)
     for stride in region.strides:
         bits |= stride
-    return bits & -bits
+    return _power_of_two(bits)
+
+
+def widened(region: Region) -> Region:
+    """Return the region of the same bytes in the widest elements that its inner stretches are made of."""
+    address, shape, strides, element = region
+    itemsize = len(element)
+    if not shape or strides[-1] != itemsize:
+        return region
+    bits = TILE | address | shape[-1] * itemsize
+    for stride in strides[:-1]:
+        bits |= stride
+    width = _power_of_two(bits)
+    if width <= itemsize:
+        return region
+    repeats = width // itemsize
+    return Region(address, (*shape[:-1], shape[-1] // repeats), (*strides[:-1], width), element * repeats)
+
+
+class Launch(NamedTuple):
+    """One launch of a GPU kernel, with `THREADS` threads a CTA.
+
+    Attributes
+    ----------
+    kernel : str
+        ``"fill_run"``, ``"fill_runs"``, ``"fill_strided32"`` or ``"fill_strided64"``.
+    grid : int
+        CTAs.
+    arguments : tuple of int
+        The kernel's parameters, each of 64 bits.
+    """
+
+    kernel: str
+    grid: int
+    arguments: tuple[int, ...]
+
+
+def run_launch(address: int, nbytes: int, tile_low: int, tile_high: int) -> Launch:
+    """Return the launch that fills one stretch of at least one byte."""
+    return Launch("fill_run", -(-nbytes // BLOCK), (address, nbytes, tile_low, tile_high))
+
+
+def table(runs: np.ndarray) -> np.ndarray:
+    """Return what the kernel for many runs reads, as 64-bit words.
+
+    Parameters
+    ----------
+    runs : numpy.ndarray of RUN
+        At least one, each of at least one byte.
+
+    Returns
+    -------
+    numpy.ndarray of uint64
+        The runs' fields, row by row; then for each run the number of chunks up to its end.
+    """
+    chunks = runs["count"] * ((runs["nbytes"] + (CHUNK - 1)) // CHUNK)
+    return np.concatenate((runs.view(np.uint64), np.cumsum(chunks)))
+
+
+def table_launch(address: int, words: np.ndarray) -> Launch:
+    """Return the launch that fills the runs of a table, which is in device memory at `address`."""
+    chunks = int(words[-1])
+    return Launch("fill_runs", -(-chunks * LANES // THREADS), (address, len(words) // _TABLE_WORDS, chunks))
+
+
+def strided_launches(region: Region) -> Iterator[Launch]:
+    """Return the launches that fill a normalised region of at least one element.
+
+    One, unless the region has more dimensions than the kernel. Its arguments are the address of the
+    first element, the number of pieces to store, the bytes in a piece, the binary logarithm of the
+    pieces in an element, the element as two words, the lengths of all dimensions but the outermost and
+    the strides of all.
+    """
+    address, shape, strides, element = widened(region)
+    if len(shape) > INNER_LENGTHS + 1:
+        for index in range(shape[0]):
+            yield from strided_launches(Region(address + index * strides[0], shape[1:], strides[1:], element))
+        return
+    width = piece(Region(address, shape, strides, element))
+    pieces = len(element) // width
+    total = pieces
+    for length in shape:
+        total *= length
+    padding = INNER_LENGTHS + 1 - len(shape)
+    yield Launch(
+        "fill_strided32" if total < 2**31 else "fill_strided64",
+        -(-total // THREADS),
+        (
+            address,
+            total,
+            width,
+            pieces.bit_length() - 1,
+            *tile(0, element),
+            *shape[1:],
+            *(1,) * padding,
+            *strides,
+            *(0,) * padding,
+        ),
+    )
+
+
+def _power_of_two(number: int) -> int:
+    """Return the largest power of two that divides a number."""
+    return number & -number

@@ -1,0 +1,211 @@
+"""CUDA through CuPy: its pool, its streams, kernels in CUDA C++."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from .runs import BLOCK, CHUNK, LANES, RUN, THREADS, TILE
+
+# Integers reach a kernel as 64 bits, so no parameter is of another width. Addresses are integers because
+# a Region has no array; the assembler says what the compiler cannot know of an integer, that it points to
+# global memory, and would otherwise store through the slower generic path.
+_PREAMBLE = """
+typedef unsigned long long u64;
+
+// Stores the first `width` bytes of (low, high).
+__device__ __forceinline__ void store(u64 address, unsigned width, u64 low, u64 high) {
+  switch (width) {
+    case 16: asm volatile("st.global.v2.u64 [%0], {%1, %2};" :: "l"(address), "l"(low), "l"(high)); break;
+    case 8: asm volatile("st.global.u64 [%0], %1;" :: "l"(address), "l"(low)); break;
+    case 4: asm volatile("st.global.u32 [%0], %1;" :: "l"(address), "r"(static_cast<unsigned>(low))); break;
+    case 2: asm volatile("st.global.u16 [%0], %1;" :: "l"(address), "h"(static_cast<unsigned short>(low))); break;
+    default: asm volatile("st.global.u8 [%0], %1;" :: "l"(address), "r"(static_cast<unsigned>(low)));
+  }
+}
+
+// Up to eight bytes of a tile, from the one at `offset`.
+__device__ __forceinline__ u64 word(unsigned offset, u64 low, u64 high) {
+  return (offset & 8 ? high : low) >> (offset & 7) * 8;
+}
+
+// The bytes before the first 16-byte boundary of a stretch and after its last, one for each of 15 threads.
+__device__ __forceinline__ void store_edges(u64 address, u64 nbytes, u64 head, unsigned thread, u64 low, u64 high) {
+  const unsigned tail = (nbytes - head) & 15;
+  if (thread < head) store(address + thread, 1, word(address + thread, low, high), 0);
+  if (thread < tail) store(address + nbytes - tail + thread, 1, word(thread, low, high), 0);
+}
+"""
+
+_FILL_RUN = f"""
+  const u64 thread = i;
+  const u64 head = min(-address & 15, nbytes);
+  const u64 units = (nbytes - head) / {TILE};
+  const u64 first = thread / {THREADS} * {BLOCK // TILE} + thread % {THREADS};
+  const u64 at = address + head + first * {TILE};
+  if (first + {BLOCK // TILE - THREADS} < units) {{
+    for (unsigned n = 0; n < {BLOCK // TILE}; n += {THREADS}) store(at + n * {TILE}, {TILE}, low, high);
+  }} else {{
+    for (unsigned n = 0; n < {BLOCK // TILE}; n += {THREADS}) {{
+      if (first + n < units) store(at + n * {TILE}, {TILE}, low, high);
+    }}
+  }}
+  if (thread < {TILE}) store_edges(address, nbytes, head, thread, low, high);
+"""
+
+_FILL_RUNS = f"""
+struct Run {{
+  u64 {", ".join(RUN.names or ())};
+}};
+
+extern "C" __global__ void __launch_bounds__({THREADS}) fill_runs(const Run* runs, u64 rows, u64 chunks) {{
+  const u64* ends = reinterpret_cast<const u64*>(runs + rows);
+  const u64 chunk = static_cast<u64>(blockIdx.x) * {THREADS // LANES} + threadIdx.x / {LANES};
+  const unsigned lane = threadIdx.x % {LANES};
+  if (chunk >= chunks) return;
+  u64 row = 0;  // the first that ends after the chunk
+  for (u64 end = rows - 1; row < end;) {{
+    const u64 middle = (row + end) / 2;
+    if (ends[middle] > chunk) end = middle;
+    else row = middle + 1;
+  }}
+  const Run run = runs[row];
+  u64 local = row ? chunk - ends[row - 1] : chunk;
+  u64 address = run.address;
+  if (run.count > 1) {{
+    const u64 chunks_per_stretch = (run.nbytes + {CHUNK - 1}) / {CHUNK};
+    const u64 stretch = local / chunks_per_stretch;
+    local -= stretch * chunks_per_stretch;
+    address += stretch * run.pitch;
+  }}
+  const u64 head = min(-address & 15, run.nbytes);
+  const u64 units = (run.nbytes - head) / {TILE};
+  const u64 first = local * {CHUNK // TILE} + lane;
+  const u64 at = address + head + first * {TILE};
+  if (first + {CHUNK // TILE - LANES} < units) {{
+    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) store(at + n * {TILE}, {TILE}, run.tile_low, run.tile_high);
+  }} else {{
+    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) {{
+      if (first + n < units) store(at + n * {TILE}, {TILE}, run.tile_low, run.tile_high);
+    }}
+  }}
+  if (local == 0) store_edges(address, run.nbytes, head, lane, run.tile_low, run.tile_high);
+}}
+
+"""
+
+_FILL_STRIDED = f"""
+extern "C" __global__ void __launch_bounds__({THREADS}) NAME(
+    u64 address, u64 total, u64 width, u64 shift, u64 low, u64 high,
+    u64 length1, u64 length2, u64 length3, u64 stride0, u64 stride1, u64 stride2, u64 stride3) {{
+  const Index thread = static_cast<Index>(blockIdx.x) * {THREADS} + threadIdx.x;
+  if (thread >= total) return;
+  const unsigned offset = (thread & ((1u << shift) - 1)) * width;
+  Index index = thread >> shift;
+  // Division is what costs here: none for dimensions that are not there.
+  if (length3 > 1) {{
+    const Index outer = index / static_cast<Index>(length3);
+    address += (index - outer * static_cast<Index>(length3)) * stride3;
+    index = outer;
+  }}
+  if (length2 > 1) {{
+    const Index outer = index / static_cast<Index>(length2);
+    address += (index - outer * static_cast<Index>(length2)) * stride2;
+    index = outer;
+  }}
+  if (length1 > 1) {{
+    const Index outer = index / static_cast<Index>(length1);
+    address += (index - outer * static_cast<Index>(length1)) * stride1;
+    index = outer;
+  }}
+  address += index * stride0 + offset;
+  store(address, width, word(offset, low, high), high);
+}}
+"""
+
+#: The sources of the raw kernels, by name.
+_RAW = {
+    "fill_runs": _PREAMBLE + _FILL_RUNS,
+    "fill_strided32": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided32").replace("Index", "unsigned"),
+    "fill_strided64": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided64").replace("Index", "u64"),
+}
+
+@functools.cache
+def _fill_run() -> Any:
+    """Return the elementwise kernel: an index is a thread, which stores 16 bytes four times."""
+    import cupy
+
+    parameters = "uint64 address, uint64 nbytes, uint64 low, uint64 high"
+    return cupy.ElementwiseKernel(parameters, "", _FILL_RUN, "fill_run", preamble=_PREAMBLE, no_return=True)
+
+
+def sources() -> dict[str, str]:
+    """Return the CUDA C++ that each kernel is compiled from, for the elementwise one what CuPy generates.
+
+    Returns
+    -------
+    dict of str to str
+        By kernel name.
+    """
+    from cupy._core import _carray, _kernel, _scalar, core
+
+    kernel = _fill_run()
+    scalar = _kernel._ArgInfo(_SCALAR, _scalar.CScalar, np.dtype(np.uint64), 0, True, True)
+    indexer = _kernel._ArgInfo(_INDEXER, _carray.Indexer, None, 1, True, True)
+    types = kernel._decide_params_type((None,) * kernel.nin, ())[2]
+    generated = _kernel._get_elementwise_kernel_code(
+        (*(scalar,) * kernel.nin, indexer), types, kernel.params, kernel.operation, kernel.name, kernel.preamble
+    )
+    headers = "".join(f"#include <{header}>\n" for header in core._cupy_header_list)
+    return {kernel.name: headers + generated, **_RAW}
+
+
+# Values of a C enum in cupy/_core/_kernel.pxd.
+_INDEXER, _SCALAR = 2, 3
+
+
+def compile_kernels(arch: str) -> dict[str, bytes]:
+    """Compile the kernels; needs NVRTC, but no GPU and no driver.
+
+    Parameters
+    ----------
+    arch : str
+        Such as ``"sm_90"``.
+
+    Returns
+    -------
+    dict of str to bytes
+        A cubin for each kernel, by name.
+    """
+    # CuPy takes the last byte off, as if it were the NUL at the end of PTX.
+    return {name: binary + b"\0" for name, binary in _compile(f"-arch={arch}", "cubin").items()}
+
+
+def compile_ptx(arch: str) -> dict[str, str]:
+    """Compile the kernels to PTX, from the same sources.
+
+    Parameters
+    ----------
+    arch : str
+        Such as ``"sm_90"``.
+
+    Returns
+    -------
+    dict of str to str
+        PTX for each kernel, by name.
+    """
+    compiled = _compile(f"-arch={arch.replace('sm', 'compute')}", "ptx")
+    return {name: ptx.decode() for name, ptx in compiled.items()}
+
+
+def _compile(option: str, method: str) -> dict[str, bytes]:
+    from cupy._core import core
+    from cupy.cuda import compiler
+
+    options = (*core.assemble_cupy_compiler_options(()), "-ftz=true", "--device-as-default-execution-space", option)
+    return {
+        name: compiler._NVRTCProgram(source, f"{name}.cu", method=method).compile(options)[0]
+        for name, source in sources().items()
+    }
