@@ -60,10 +60,10 @@ def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
         slab.used = 0  # nothing lives in it: start again, in memory that is still in the cache
     elif slab.used + nbytes > SLAB:
         slab = _Slab()
-    start = slab.used
+    buffer, start = slab.buffer, slab.used  # held from here on: once it is back, idle means idle
     slab.used = start + (nbytes + ALIGNMENT - 1 & -ALIGNMENT)
     _open.append(slab)
-    return slab.buffer, slab.offset + start, slab.address + start, False
+    return buffer, slab.offset + start, slab.address + start, False
 
 
 def _own_block(nbytes: int) -> tuple[Any, int, int, bool]:
