@@ -1,0 +1,265 @@
+"""Keras 3 initializers whose weights start in memory that gpuconst filled."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .array import Array
+from .backends import select
+from .creation import full
+from .dtypes import resolve_dtype
+from .errors import DeviceUnavailableError
+from .filling import fill
+from .torch_rules import has_memory
+from .values import check_shape, default_dtype, encode
+
+try:
+    import keras
+except ModuleNotFoundError as error:
+    if error.name != "keras":
+        raise
+    raise ImportError(
+        "Keras is not installed, and gpuconst.Constant, Zeros and Ones are Keras initializers; "
+        "pip install 'gpuconst[keras]' and a backend of it, or use gpuconst.full, which needs none",
+        name="keras",
+    ) from error
+
+__all__ = ["Constant", "Ones", "Zeros"]
+
+_log = logging.getLogger("gpuconst")
+#: The debug message for each weight filled, with the backend, the device and the address.
+FILLED = "weight filled by %s on %s at %#x"
+
+
+@keras.saving.register_keras_serializable("gpuconst")
+class Constant(keras.initializers.Constant):  # type: ignore[misc]
+    """Initializer that fills a weight with one value, or with given values; drop-in for Keras' own.
+
+    On the TensorFlow, JAX and torch backends the weight shares the memory that gpuconst filled, on the
+    device where Keras would have put it, at half the peak memory of ``keras.initializers.Constant``.
+    Where Keras is tracing or has no memory to fill (``jit``, graphs, meta tensors), or gpuconst cannot
+    reach its device, the backend's own ``full`` is used; the latter is said once, as a warning. On the
+    NumPy and OpenVINO backends Keras copies what any initializer returns.
+
+    Parameters
+    ----------
+    value : scalar or array-like
+        A scalar is held to gpuconst's value policy: what does not fit the dtype is refused. An array
+        or tensor is converted by the Keras backend and broadcast to the shape of the weight.
+
+    Raises
+    ------
+    TypeError
+        If the value is no number and no array, when the initializer is made; or does not have the
+        kind of the dtype, when it is called.
+    OverflowError
+        When called, if the value does not fit the dtype.
+    ValueError
+        When called, if an array value does not broadcast to the shape.
+
+    Examples
+    --------
+    >>> import keras, gpuconst
+    >>> layer = keras.layers.Dense(64, kernel_initializer=gpuconst.Constant(0.1))
+    """
+
+    def __init__(self, value: Any = 0.0) -> None:
+        if isinstance(value, str | bytes) or value is None:
+            raise TypeError(f"Constant takes a number or an array, not {value!r}")
+        super().__init__(value)
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        """Return a tensor of the Keras backend.
+
+        Parameters
+        ----------
+        shape : sequence of int
+            Elements along each dimension.
+        dtype : str, optional
+            By default ``keras.config.floatx()``.
+        """
+        return _constant(self.value, shape, dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's argument as data that JSON can hold."""
+        if isinstance(self.value, complex | np.complexfloating):
+            # Keras cannot save a complex number; in this form its own Constant refuses to load it,
+            # instead of taking it for a vector of two.
+            return {"value": {"complex": [float(self.value.real), float(self.value.imag)]}}
+        config: dict[str, Any] = super().get_config()
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Constant:
+        """Return the initializer that `get_config` described; without a value, the default one."""
+        if "value" not in config:
+            return cls()
+        value = config["value"]
+        if isinstance(value, dict) and set(value) == {"complex"}:
+            return cls(complex(*value["complex"]))
+        return cls(keras.saving.deserialize_keras_object(value))
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def __repr__(self) -> str:
+        return f"gpuconst.Constant({self.value!r})"
+
+    def _identity(self) -> tuple[str, str]:
+        # The text tells 0.0 from -0.0 and 1 from True, and a nan equals itself.
+        return type(self).__name__, repr(self.get_config())
+
+
+class _Fixed:
+    """What `Zeros` and `Ones` share: they have no argument, so all of a kind are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        return f"gpuconst.{type(self).__name__}()"
+
+
+@keras.saving.register_keras_serializable("gpuconst")
+class Zeros(_Fixed, keras.initializers.Zeros):  # type: ignore[misc]
+    """Initializer that fills a weight with zeros, as `Constant` fills it."""
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        """Return a tensor of the Keras backend; see `Constant`."""
+        return _constant(0, shape, dtype)
+
+
+@keras.saving.register_keras_serializable("gpuconst")
+class Ones(_Fixed, keras.initializers.Ones):  # type: ignore[misc]
+    """Initializer that fills a weight with ones, as `Constant` fills it."""
+
+    def __call__(self, shape: Any, dtype: Any = None) -> Any:
+        """Return a tensor of the Keras backend; see `Constant`."""
+        return _constant(1, shape, dtype)
+
+
+def _constant(value: Any, shape: Any, dtype: Any) -> Any:
+    dtype = keras.backend.standardize_dtype(dtype)
+    shape = check_shape(shape, 1)
+    if not _is_scalar(value):
+        return _from_array(value, shape, dtype)
+    encode(value, resolve_dtype(dtype))  # the policy holds in every context, the traced ones too
+    make = _MAKERS.get(keras.config.backend())
+    if make is not None:
+        try:
+            tensor = make(shape, value, dtype)
+        except (MemoryError, DeviceUnavailableError) as error:
+            _warn_once(f"gpuconst could not fill this weight, Keras' own full did: {error}")
+        else:
+            if tensor is not None:
+                return tensor
+    return keras.ops.full(shape, value, dtype=dtype)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _is_scalar(value: Any) -> bool:
+    try:
+        default_dtype(value)
+    except TypeError:
+        return False
+    except OverflowError:  # an int above int64
+        return True
+    return True
+
+
+def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return values given as an array, in memory of their own: a weight must not alias its caller's array."""
+    given = keras.ops.convert_to_tensor(value, dtype=dtype)
+    try:
+        fits = np.broadcast_shapes(tuple(given.shape), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"Constant has a value of shape {tuple(given.shape)}, which does not broadcast to {shape}")
+    return keras.ops.copy(keras.ops.broadcast_to(given, shape))
+
+
+# One function a backend. Each makes an empty scalar the way Keras would, and looks at where it landed:
+# that answers for every scope, default and environment variable which device is meant, which dtype the
+# backend has instead of the asked one, and whether there is memory at all. None means: leave it to Keras.
+
+
+def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
+    probe = keras.ops.zeros((), dtype=dtype)
+    if not hasattr(probe, "numpy"):  # a graph is being built
+        return None
+    device = _tensorflow_device(probe.device)
+    if device is None or probe.dtype.name.startswith("float8"):  # which its DLPack does not take
+        return None
+    return _filled(shape, value, probe.dtype.name, device).to_tensorflow()
+
+
+def _tensorflow_device(name: str) -> str | None:
+    kind, _, index = name.rpartition("/device:")[2].partition(":")
+    return {"CPU": "cpu", "GPU": f"cuda:{index}"}.get(kind)
+
+
+def _make_jax(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
+    import jax
+
+    probe = keras.ops.zeros((), dtype=dtype)
+    if isinstance(probe, jax.core.Tracer) or len(probe.devices()) != 1:
+        return None
+    (device,) = probe.devices()
+    if device.platform == "cpu":
+        host = _filled(shape, value, probe.dtype, "cpu").to_numpy()
+        # Not through DLPack: that commits the array to its device, and Keras' own weights are free to
+        # be used with inputs that are sharded over several.
+        return jax.device_put(host)
+    if device.platform != "gpu" or jax.device_count() > 1:
+        return None
+    return _filled(shape, value, probe.dtype, f"cuda:{device.local_hardware_id}").to_jax()
+
+
+def _make_torch(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
+    import torch
+
+    probe = keras.ops.zeros((), dtype=dtype)
+    if not has_memory(probe):
+        return None
+    if probe.is_cuda:  # torch's own allocator: it reserves the card, so another's would compete with it
+        tensor = fill(torch.empty(shape, dtype=probe.dtype, device=probe.device), value)
+        _log.debug(FILLED, select(str(probe.device)).backend, probe.device, tensor.data_ptr())
+        return tensor
+    if not probe.is_cpu:
+        return None
+    return _filled(shape, value, probe.dtype, "cpu").to_torch()
+
+
+def _make_numpy(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
+    return _filled(shape, value, dtype, "cpu").to_numpy()
+
+
+def _filled(shape: tuple[int, ...], value: Any, dtype: Any, device: str) -> Array:
+    array = full(shape, value, dtype=dtype, device=device)
+    _log.debug(FILLED, array.backend, array.device, array.data_ptr())
+    return array
+
+
+_MAKERS: dict[str, Callable[[tuple[int, ...], Any, str], Any]] = {
+    "jax": _make_jax,
+    "numpy": _make_numpy,
+    "tensorflow": _make_tensorflow,
+    "torch": _make_torch,
+}
