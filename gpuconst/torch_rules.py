@@ -21,6 +21,7 @@ def is_tensor(x: Any) -> bool:
 
 def has_memory(tensor: Any) -> bool:
     """Whether there is anything to write: meta and fake tensors only have a shape."""
+    tensor = local_part(tensor)
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return not (tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor)))
 
@@ -44,8 +45,8 @@ def check_writable(tensor: Any) -> None:
     Raises
     ------
     RuntimeError
-        If autograd is recording and the tensor requires grad, or it is an inference tensor outside
-        of inference mode.
+        If autograd is recording and the tensor requires grad, it has a forward-mode tangent, or it is
+        an inference tensor outside of inference mode.
     ValueError
         If it is a lazily negated or conjugated view, in which the constant would read back changed.
     TypeError
@@ -67,6 +68,8 @@ def check_writable(tensor: Any) -> None:
         raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; fill those")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError("the tensor is being transformed (vmap, grad) and has no memory; use torch.full_like")
+    if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError("the tensor has a forward-mode tangent, which a raw write would not zero; use x.fill_()")
     if tensor.is_neg() or tensor.is_conj():
         raise ValueError("the tensor is a lazy negative or conjugate view; fill x.resolve_neg().resolve_conj()")
 
