@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -127,8 +128,10 @@ def _reader(kind: type) -> Callable[[Any], View]:
     """Return the function that reads objects of a type."""
     if issubclass(kind, Array):
         return _read_array
-    if issubclass(kind, np.ndarray | np.generic):
+    if issubclass(kind, np.ndarray):
         return _read_numpy
+    if issubclass(kind, np.generic):
+        return _read_scalar
     for module, name, read in _FRAMEWORKS:
         loaded = sys.modules.get(module)
         if loaded is not None and issubclass(kind, getattr(loaded, name, ())):
@@ -146,12 +149,19 @@ def _read_array(x: Array) -> View:
 
 def _read_numpy(x: Any) -> View:
     dtype = resolve_dtype(x.dtype)
-    read_only = None if isinstance(x, np.ndarray) and x.flags.writeable else "it is read-only"
+    read_only = None if x.flags.writeable else "it is read-only"
     return View(x.__array_interface__["data"][0], x.shape, x.strides, dtype, "cpu", x, read_only)
+
+
+def _read_scalar(x: Any) -> View:
+    # NumPy shows one at the address of a copy that is gone with the next line.
+    raise TypeError(f"{x!r} is a NumPy scalar, which is immutable; expected an array, of shape () if need be")
 
 
 def _read_torch(x: Any) -> View:
     tensor = local_part(x)
+    if tensor.is_nested:
+        raise TypeError("the tensor is nested, it has no shape; take the tensors of its unbind()")
     if not (tensor.is_cpu or tensor.is_cuda):
         raise TypeError(f"the tensor is on {tensor.device}, expected a CPU or CUDA tensor")
     try:
@@ -176,12 +186,18 @@ def _read_torch(x: Any) -> View:
 def _read_jax(x: Any) -> View:
     if isinstance(x, sys.modules["jax.core"].Tracer):
         raise TypeError(f"{x!r} is being traced and has no memory")
+    if x.is_deleted():
+        raise ValueError("the JAX array was deleted (donated, or by delete()) and has no memory")
+    resolve_dtype(x.dtype)  # of int4 and of random keys, JAX's own exporter says nothing clear
     return _read_dlpack(x)._replace(read_only="JAX arrays are immutable; make a new one: gpuconst.full(...).to_jax()")
 
 
 def _read_tensorflow(x: Any) -> View:
+    resolve_dtype(x.dtype)  # TensorFlow's exporter aborts the process on strings
+    if isinstance(x, sys.modules["tensorflow"].Variable):
+        x = x.value()
     if not hasattr(x, "__dlpack__"):
-        x = x.value()  # a variable
+        raise TypeError(f"{x!r} is symbolic and has no memory")
     return _read_dlpack(x)._replace(
         read_only="TensorFlow's tensors are immutable; make a new one: gpuconst.full(...).to_tensorflow()"
     )
@@ -194,12 +210,16 @@ def _read_cupy(x: Any) -> View:
 
 def _read_cuda_interface(x: Any) -> View:
     interface = x.__cuda_array_interface__
+    try:
+        (address, read_only), shape = interface["data"], tuple(map(operator.index, interface["shape"]))
+        dtype = resolve_dtype(np.dtype(interface["typestr"]))
+        strides = interface.get("strides")
+        strides = tuple(map(operator.index, strides)) if strides else contiguous_strides(shape, dtype.itemsize)
+        address = operator.index(address)
+    except (KeyError, TypeError, ValueError) as error:
+        raise TypeError(f"{type(x).__name__}.__cuda_array_interface__ cannot be read: {error!r}") from error
     if interface.get("mask") is not None:
         raise TypeError("the array is masked; fill its data and its mask each on its own")
-    (address, read_only), shape = interface["data"], tuple(interface["shape"])
-    dtype = resolve_dtype(np.dtype(interface["typestr"]))
-    strides = interface.get("strides")
-    strides = tuple(strides) if strides is not None else contiguous_strides(shape, dtype.itemsize)
     index = cuda_driver.device_of(address) if math.prod(shape) else 0
     return View(
         address, shape, strides, dtype, f"cuda:{index}", x, "it is read-only" if read_only else None,
@@ -217,6 +237,8 @@ def _read_dlpack(x: Any) -> View:
     tensor, flags = read_capsule(capsule)
     if flags & _IS_COPIED:
         raise BufferError(f"{type(x).__name__}.__dlpack__ answered with a copy, although copy=False was asked")
+    if tensor.device_type != kind:
+        raise ValueError(f"the object says that it is on DLPack device type {kind}, its tensor {tensor.device_type}")
     device = _dlpack_device(tensor)
     dtype = dtype_from_dlpack(tensor.code, tensor.bits)
     if dtype is None or tensor.lanes != 1:
@@ -226,6 +248,8 @@ def _read_dlpack(x: Any) -> View:
         )
     if not 0 <= tensor.ndim <= 64:
         raise ValueError(f"the DLPack tensor says that it has {tensor.ndim} dimensions")
+    if tensor.ndim and not tensor.shape:
+        raise ValueError(f"the DLPack tensor has {tensor.ndim} dimensions but no shape")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     if tensor.strides:
         strides = tuple(tensor.strides[i] * dtype.itemsize for i in range(tensor.ndim))
@@ -248,7 +272,7 @@ def _read_buffer(x: Any) -> View:
     if hasattr(x, "__cuda_array_interface__"):  # set on the object, not on its type
         return _read_cuda_interface(x)
     if hasattr(x, "__array_interface__") or hasattr(x, "__array_struct__"):
-        return _read_numpy(np.asarray(x))._replace(owner=x)
+        return _read_numpy(np.asarray(x))  # which keeps alive what the memory belongs to, seldom x itself
     try:
         exported = np.asarray(memoryview(x))
     except TypeError:
@@ -282,7 +306,9 @@ def _check(view: View) -> View:
     low = address + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s < 0)
     high = address + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s > 0) + dtype.itemsize
     if not address:
-        raise ValueError(f"the array has shape {shape} but its address is null: its memory was freed")
+        raise ValueError(
+            f"the array has shape {shape} but its address is null: its memory was freed, or it never had any"
+        )
     if low < 4096 or high > 2**63:
         raise ValueError(f"the array says it lies at {low:#x} … {high:#x}: no memory is there")
     return view
