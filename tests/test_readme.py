@@ -1,0 +1,41 @@
+"""The README's code runs and prints what the README shows, and its commands are the ones that CI runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_first_example_prints_what_is_shown() -> None:
+    code, shown = _blocks("python")[0], _blocks("")[0]
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == shown
+    assert len(code.strip().splitlines()) < 10
+
+
+def test_quick_start_has_two_commands_and_ci_runs_the_second() -> None:
+    quick_start = README.split("## Quick start")[1].split("\n## ")[0]
+    commands = re.findall(r"^```sh\n(.*?)\n```$", quick_start, re.MULTILINE | re.DOTALL)
+    assert len(commands) == 2
+    assert all("\n" not in command for command in commands)
+    assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
