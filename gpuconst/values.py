@@ -258,11 +258,14 @@ def _encode_inexact(number: int | float | complex, dtype: DType) -> bytes:
     if dtype.numpy.kind != "c":
         number = _real(number, dtype)
     try:
-        with np.errstate(all="ignore"):
-            rounded = np.asarray(number).astype(dtype.numpy)
+        given = complex(number)
     except OverflowError:  # an int beyond float64
         raise _does_not_fit(number, dtype) from None
-    given, kept = complex(_as_float(number)), complex(rounded)
+    # NumPy holds an int beyond 64 bits as an object, which the ml_dtypes formats do not take.
+    exact = number if not isinstance(number, int) or -(2**63) <= number < 2**64 else float(number)
+    with np.errstate(all="ignore"):
+        rounded = np.asarray(exact).astype(dtype.numpy)
+    kept = complex(rounded)
     if not (_survives(given.real, kept.real) and _survives(given.imag, kept.imag)):
         raise _does_not_fit(number, dtype)
     if dtype.name == "float8_e8m0fnu" and given.real < _E8M0_SMALLEST:  # casts round up to it, zero too
@@ -271,10 +274,6 @@ def _encode_inexact(number: int | float | complex, dtype: DType) -> bytes:
 
 
 _E8M0_SMALLEST = 2.0**-127
-
-
-def _as_float(number: int | float | complex) -> float | complex:
-    return float(number) if isinstance(number, int) else number
 
 
 def _survives(given: float, kept: float) -> bool:
