@@ -15,7 +15,7 @@ def _blocks(language: str) -> list[str]:
 
 
 def test_first_example_prints_what_is_shown() -> None:
-    code, shown = _blocks("python")[0], _blocks("")[0]
+    code, shown = _blocks("python")[0], _blocks("text")[0]
     run = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
