@@ -149,10 +149,10 @@ class Kernel:
         if label := re.fullmatch(r"([\w$]+):", statement):
             self.blocks.append([])
             self._labels[label[1]] = len(self.blocks) - 1
-        elif declared := re.fullmatch(r"\.reg\s+\.(\w+)\s+(%\w+)<\d+>", statement):
+        elif declared := re.fullmatch(r"\.reg\s+\.(\w+)\s+(%\w+)(?:<\d+>)?", statement):
             if declared[1] in _TYPES:
                 self._types[declared[2]] = _TYPES[f"u{declared[1][1:]}" if declared[1] != "pred" else "pred"]
-        elif statement and not statement.startswith(".pragma"):
+        elif statement not in ("", "{", "}") and not statement.startswith(".pragma"):
             found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z]\w*)((?:\.\w+)*)(?:\s+(.*))?", statement)
             if found is None:
                 raise PTXError(f"unknown statement: {statement}")
@@ -183,17 +183,20 @@ class Kernel:
         batch: list[Launch] = []
         lanes = 0
         for launch in launches:
-            batch.append(launch)
-            lanes += launch.block * (launch.grid if launch.ctas is None else len(launch.ctas))
-            if lanes >= _LANES_AT_ONCE:
-                _Run(self, memory, batch).finish()
-                batch, lanes = [], 0
-        if lanes:
+            ctas = range(launch.grid) if launch.ctas is None else launch.ctas
+            step = max(1, _LANES_AT_ONCE // launch.block)
+            for first in range(0, len(ctas), step):
+                batch.append(launch._replace(ctas=ctas[first : first + step]))
+                lanes += launch.block * len(ctas[first : first + step])
+                if lanes >= _LANES_AT_ONCE:
+                    _Run(self, memory, batch).finish()
+                    batch, lanes = [], 0
+        if batch:
             _Run(self, memory, batch).finish()
 
     def register_type(self, name: str) -> np.dtype[Any]:
         """Return the unsigned type of a register."""
-        return self._types[name.rstrip("0123456789")]
+        return self._types[name if name in self._types else name.rstrip("0123456789")]
 
     def target(self, label: str) -> int:
         """Return the index of the block at a label."""
@@ -206,7 +209,7 @@ class _Run:
     def __init__(self, kernel: Kernel, memory: Memory, launches: Sequence[Launch]) -> None:
         self._kernel = kernel
         self._memory = memory
-        ctas = [range(launch.grid) if launch.ctas is None else launch.ctas for launch in launches]
+        ctas = [launch.ctas or () for launch in launches]
         lanes = [launch.block * len(chosen) for launch, chosen in zip(launches, ctas, strict=True)]
         self._launch = np.repeat(np.arange(len(launches)), lanes)
         self._arguments = np.frombuffer(b"".join(x.arguments for x in launches), "u1").reshape(len(launches), -1)
@@ -234,7 +237,7 @@ class _Run:
                 guarded = self._guard(instruction.guard, lanes) if instruction.guard else lanes
                 try:
                     self._execute(instruction, guarded)
-                except (PTXError, KeyError, ArithmeticError) as error:
+                except (PTXError, KeyError, ValueError) as error:
                     raise PTXError(f"{self._kernel.name}: {instruction}: {error}") from error
 
     def _guard(self, guard: str, lanes: Lanes) -> Lanes:
