@@ -101,6 +101,8 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
     for region in regions:
         address, shape, strides, element = normalised(region)
         itemsize = len(element)
+        if 0 in shape:
+            continue  # its address may be null
         if shape and shape[-1] * itemsize >= BY_ROWS and strides == (itemsize,):
             _fill_bytes(_view(address, (shape[0] * itemsize,), _BYTES, (1,)), element)
         else:
