@@ -1,0 +1,412 @@
+"""`gpuconst.fill` writes what NumPy's own assignment writes, into whatever memory, and not a byte beside it."""
+
+import array
+import ctypes
+import gc
+import mmap
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import tvm_ffi
+from gpuconst.kernels import host
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import gpuconst
+from gpuconst.dtypes import DTYPES
+from gpuconst.views import view_of
+
+GUARD = 64
+TORCH_DTYPES = [name for name in DTYPES if hasattr(torch, name)]
+
+
+def value_of(dtype: str) -> Any:
+    """Return a value that the dtype holds exactly, with as many different bytes as it goes."""
+    kind = DTYPES[dtype].numpy.kind
+    if kind in "iu":
+        return int.from_bytes(bytes(range(0x21, 0x21 + DTYPES[dtype].itemsize)), "little")
+    return {"b": True, "c": 1.5 - 2.25j, "f": 1.1}.get(kind, 2.0)
+
+
+def element_of(dtype: str) -> np.ndarray:
+    return np.asarray(value_of(dtype)).astype(DTYPES[dtype].numpy)
+
+
+def noise(nbytes: int) -> np.ndarray:
+    """Return bytes of which none is like its neighbours."""
+    return (np.arange(nbytes) * 37 % 251).astype(np.uint8)
+
+
+def guarded(shape: Any, dtype: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return memory, and an array in it that begins `offset` bytes beside an aligned address."""
+    row = DTYPES[dtype]
+    memory = noise(int(np.prod(shape)) * row.itemsize + offset + 2 * GUARD)
+    return memory, np.ndarray(shape, row.numpy, memory.data, GUARD + offset)
+
+
+# Layouts of a NumPy array, as functions of a C-ordered one of shape (6, 8).
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "contiguous": lambda a: a,
+    "sliced": lambda a: a[1:5, ::3],
+    "transposed": lambda a: a.T,
+    "inner part": lambda a: a[1:5, 2:7],
+    "0-d": lambda a: a[3, 3:4].reshape(()),
+    "empty": lambda a: a[3:3],
+    "size-1 dimensions": lambda a: a[:, None, :4, None],
+}
+FLIPPED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "flipped": lambda a: a[::-1, ::-2],
+    "flipped in one dimension": lambda a: a[::-1],
+    "flipped and transposed": lambda a: a[::2, ::-1].T,
+}
+
+
+class DLPackOnly:
+    """Forwards the two methods of DLPack and has nothing else."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return self.array.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.array.__dlpack_device__()
+        return device
+
+
+class LegacyDLPackOnly(DLPackOnly):
+    """An exporter of before DLPack 1.0, which knows no `max_version`."""
+
+    def __dlpack__(self, stream: Any = None) -> Any:  # type: ignore[override]
+        return self.array.__dlpack__()
+
+
+class ArrayInterfaceOnly:
+    def __init__(self, array: np.ndarray) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self.array = array
+
+
+class ArrayStructOnly:
+    def __init__(self, array: np.ndarray) -> None:
+        self.__array_struct__ = array.__array_struct__
+        self.array = array
+
+
+# Objects of other libraries and protocols over the memory of a NumPy array.
+OBJECTS: dict[str, Callable[[np.ndarray], Any]] = {
+    "NumPy array": lambda a: a,
+    "NumPy subclass": lambda a: a.view(type("Sub", (np.ndarray,), {})),
+    "memoryview": lambda a: a.data,
+    "torch tensor": torch.from_numpy,
+    "torch subclass": lambda a: torch.from_numpy(a).as_subclass(type("Sub", (torch.Tensor,), {})),
+    "tvm_ffi tensor": tvm_ffi.from_dlpack,
+    "DLPack of NumPy": DLPackOnly,
+    "DLPack of torch": lambda a: DLPackOnly(torch.from_numpy(a)),
+    "legacy DLPack of NumPy": LegacyDLPackOnly,
+    "legacy DLPack of torch": lambda a: LegacyDLPackOnly(torch.from_numpy(a)),
+    "__array_interface__": ArrayInterfaceOnly,
+    "__array_struct__": ArrayStructOnly,
+}
+TAKE_FLIPPED = ["NumPy array", "NumPy subclass", "memoryview", "DLPack of NumPy", "__array_interface__"]
+CASES = [
+    *((layout, name) for layout in LAYOUTS for name in OBJECTS),
+    *((layout, name) for layout in FLIPPED for name in TAKE_FLIPPED),
+]
+
+
+@pytest.mark.parametrize(("layout", "name"), CASES)
+def test_fill_writes_what_numpy_writes(layout: str, name: str) -> None:
+    memory, whole = guarded((6, 8), "float32")
+    target = {**LAYOUTS, **FLIPPED}[layout](whole)
+    assert np.shares_memory(target, memory) == (target.size > 0)
+    x = OBJECTS[name](target)
+    assert gpuconst.fill(x, 0.1) is x
+    found = memory.copy()
+    memory[:] = noise(memory.size)
+    target[...] = 0.1
+    np.testing.assert_array_equal(found, memory)
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_fill_keeps_no_reference(name: str) -> None:
+    _, target = guarded((6, 8), "float32")
+    x = OBJECTS[name](target)
+    gpuconst.fill(x, 1.0)
+    gc.collect()
+    before = sys.getrefcount(target), sys.getrefcount(x)
+    for _ in range(50):
+        gpuconst.fill(x, 2.0)
+    gc.collect()
+    assert (sys.getrefcount(target), sys.getrefcount(x)) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_dtype_of_numpy(dtype: str, offset: int) -> None:
+    memory, target = guarded((3, 5), dtype, offset)
+    gpuconst.fill(target, value_of(dtype))
+    found = memory.copy()
+    memory[:] = noise(memory.size)
+    target[...] = element_of(dtype)
+    np.testing.assert_array_equal(found, memory)
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_every_dtype_of_torch(dtype: str) -> None:
+    itemsize = DTYPES[dtype].itemsize
+    raw = torch.from_numpy(noise((2 * 8 + 15) * itemsize))
+    target = raw.view(getattr(torch, dtype))[8:-8].view(3, 5)
+    gpuconst.fill(target, value_of(dtype))
+    expected = noise((2 * 8 + 15) * itemsize)
+    expected[8 * itemsize : -8 * itemsize] = np.tile(np.frombuffer(element_of(dtype).tobytes(), np.uint8), 15)
+    np.testing.assert_array_equal(raw.numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [name for name, row in DTYPES.items() if row.numpy.kind != "c"])
+def test_every_dtype_of_dlpack(dtype: str) -> None:
+    x = gpuconst.ones((3, 5), dtype=dtype, device="cpu")
+    tensor = tvm_ffi.from_dlpack(x)
+    gpuconst.fill(tensor, value_of(dtype))
+    assert x.to_numpy().tobytes() == element_of(dtype).tobytes() * 15
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_array_of_ours(dtype: str) -> None:
+    x = gpuconst.full((3, 5), 1, dtype=dtype, device="cpu")
+    view = x.to_numpy()
+    assert gpuconst.fill(x, value_of(dtype)) is x
+    assert view.tobytes() == element_of(dtype).tobytes() * 15
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, str]:
+    """Any memory, and any array in it: strides of any sign and size, also such that elements overlap."""
+    dtype = draw(st.sampled_from(sorted(DTYPES)))
+    itemsize = DTYPES[dtype].itemsize
+    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
+    unit = draw(st.sampled_from([1, itemsize]))
+    strides = [unit * draw(st.integers(-20, 20)) for _ in shape]
+    steps = [(max(n, 1) - 1) * s for n, s in zip(shape, strides, strict=True)]
+    start = GUARD + draw(st.integers(0, 15)) - sum(step for step in steps if step < 0)
+    memory = noise(start + sum(step for step in steps if step > 0) + itemsize + GUARD)
+    return memory, np.ndarray(shape, DTYPES[dtype].numpy, memory.data, start, strides), dtype
+
+
+@given(views())
+def test_fill_writes_what_numpy_writes_whatever_the_strides(case: tuple[np.ndarray, np.ndarray, str]) -> None:
+    memory, target, dtype = case
+    gpuconst.fill(target, value_of(dtype))
+    found = memory.copy()
+    memory[:] = noise(memory.size)
+    target[...] = element_of(dtype)
+    np.testing.assert_array_equal(found, memory)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 20)), max_size=5),
+    st.integers(0, 20),
+    st.sampled_from(TORCH_DTYPES),
+)
+@example([(3, 0), (4, 0)], 0, "float32")
+@example([(1, 7)] * 64, 3, "bfloat16")
+def test_fill_writes_what_torch_writes(dims: list[tuple[int, int]], offset: int, dtype: str) -> None:
+    shape, strides = [n for n, _ in dims], [s for _, s in dims]
+    length = offset + sum(max(n - 1, 0) * s for n, s in dims) + 9
+    found = torch.from_numpy(noise(length * DTYPES[dtype].itemsize))
+    expected = found.clone()
+    gpuconst.fill(found.view(getattr(torch, dtype)).as_strided(shape, strides, offset), value_of(dtype))
+    expected.view(getattr(torch, dtype)).as_strided(shape, strides, offset).fill_(value_of(dtype))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "float16", "float32", "float64", "complex128"])
+def test_fields_of_a_structured_array(dtype: str) -> None:
+    """Their strides are no multiple of the itemsize, so DLPack could not name them."""
+    records = noise(7 * 30).view([("before", "V5"), ("field", dtype), ("after", f"V{25 - np.dtype(dtype).itemsize}")])
+    expected = records.copy()
+    expected["field"] = element_of(dtype)
+    gpuconst.fill(records["field"], value_of(dtype))
+    assert records.tobytes() == expected.tobytes()
+
+
+def test_fortran_order() -> None:
+    x = np.zeros((3, 4, 5), order="F")
+    gpuconst.fill(x, 7)
+    assert (x == 7).all()
+
+
+def test_a_writable_broadcast() -> None:
+    memory = noise(12).view(np.int32)
+    first, _, last = memory
+    wide = np.lib.stride_tricks.as_strided(memory[1:2], (1000, 1000, 1000), (0, 0, 0))
+    gpuconst.fill(wide, 5)
+    assert memory.tolist() == [first, 5, last]
+
+
+def test_a_masked_array_keeps_its_mask() -> None:
+    x = np.ma.array([1.0, 2.0], mask=[False, True])
+    gpuconst.fill(x, 5)
+    assert x.data.tolist() == [5, 5]
+    assert x.mask.tolist() == [False, True]
+
+
+def test_a_memmap(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(40))
+    x = np.memmap(path, "<i4", "r+", offset=8, shape=(6,))
+    gpuconst.fill(x, 0x01020304)
+    x.flush()
+    assert path.read_bytes() == bytes(8) + bytes([4, 3, 2, 1]) * 6 + bytes(8)
+
+
+def test_a_bytearray_can_be_resized_afterwards() -> None:
+    x = bytearray(5)
+    gpuconst.fill(x, 7)
+    x.append(1)
+    assert x == bytes([7] * 5 + [1])
+
+
+@pytest.mark.parametrize("code", "bBhHiIlLqQfd")
+def test_an_array_of_the_standard_library(code: str) -> None:
+    x = array.array(code, range(5))
+    gpuconst.fill(x, 7)
+    x.append(1)
+    assert x.tolist() == [7] * 5 + [1]
+
+
+def test_an_mmap_can_be_closed_afterwards() -> None:
+    with mmap.mmap(-1, 100) as x:
+        gpuconst.fill(x, 255)
+        assert x[:] == bytes([255]) * 100
+
+
+def test_a_ctypes_array() -> None:
+    x = (ctypes.c_double * 3 * 2)()
+    gpuconst.fill(x, 0.5)
+    assert [list(row) for row in x] == [[0.5] * 3] * 2
+
+
+def test_a_cast_memoryview() -> None:
+    memory = bytearray(24)
+    gpuconst.fill(memoryview(memory)[4:20].cast("H", (2, 4)), 0xFFFE)
+    assert memory == bytes(4) + bytes([0xFE, 0xFF]) * 8 + bytes(4)
+
+
+def test_bytes_are_the_raw_bits_of_an_element() -> None:
+    x = np.zeros((2, 3), np.float32)
+    gpuconst.fill(x, b"\x01\x00\xa0\x7f")  # a signalling nan with a payload
+    assert (x.view(np.uint32) == 0x7FA00001).all()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32", "float64", "complex128"])
+@pytest.mark.parametrize("nbytes", [host.BY_ROWS - 16, host.BY_ROWS, host.BY_ROWS + 16, 11 * host.ROW + 16 * 77])
+def test_large_arrays_are_filled_by_rows(nbytes: int, dtype: str, offset: int) -> None:
+    memory, target = guarded((nbytes // DTYPES[dtype].itemsize,), dtype, offset)
+    gpuconst.fill(target, value_of(dtype))
+    found = memory.copy()
+    memory[:] = noise(memory.size)
+    target[...] = element_of(dtype)
+    assert np.array_equal(found, memory)
+
+
+@pytest.mark.parametrize("more", [0, 16, host.ROW, 3 * host.ROW + 5 * 16])
+def test_very_large_arrays_are_filled_by_two_threads(more: int) -> None:
+    memory, target = guarded(((host.TWO_THREADS + more) // 16,), "complex128", 3)
+    gpuconst.fill(target, value_of("complex128"))
+    element = np.frombuffer(element_of("complex128").tobytes(), np.uint8)
+    inside = memory[GUARD + 3 : -GUARD].reshape(-1, 16)
+    assert (inside == element).all()
+    assert np.array_equal(memory[: GUARD + 3], noise(GUARD + 3))
+    assert np.array_equal(memory[-GUARD:], noise(memory.size)[-GUARD:])
+
+
+@pytest.mark.parametrize("layout", [lambda a: a[::-1], lambda a: a.T, lambda a: a[:, 1:-1], lambda a: a[:, ::2]])
+def test_large_strided_arrays(layout: Callable[[np.ndarray], np.ndarray]) -> None:
+    x = np.zeros((500, 700), np.float32)
+    expected = x.copy()
+    layout(expected)[...] = 0.1
+    gpuconst.fill(layout(x), 0.1)
+    assert np.array_equal(x, expected)
+
+
+def test_threads_fill_arrays_of_their_own() -> None:
+    wrong: list[int] = []
+    sizes = [1, 100, 6400, host.BY_ROWS // 4, host.BY_ROWS]
+
+    def work(value: int) -> None:
+        arrays = [np.zeros(size, np.int32) for size in sizes] + [torch.zeros(10, 10, dtype=torch.int32)]
+        for _ in range(50):
+            value += 1000
+            for x in arrays:
+                gpuconst.fill(x, value)
+            wrong.extend(value for x in arrays if not (x == value).all())
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(value,)) for value in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+class FreshBuffer:
+    """Describes a buffer of its own each time it is asked, which nobody else holds."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[Any]] = []
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        buffer = array.array("B", bytes(4096))
+        self.made.append(weakref.ref(buffer))
+        return {"version": 3, "shape": (4096,), "typestr": "|u1", "data": buffer}
+
+
+class FreshExport:
+    """Exports an array of its own each time it is asked, which nobody else holds."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[Any]] = []
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        made = np.zeros(4096, np.uint8)
+        self.made.append(weakref.ref(made))
+        return made.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+@pytest.mark.parametrize("kind", [FreshBuffer, FreshExport])
+def test_memory_is_held_while_it_is_looked_at_and_no_longer(kind: type[Any]) -> None:
+    x = kind()
+    view = view_of(x)
+    gc.collect()
+    made = x.made[-1]
+    assert made() is not None
+    assert view.address
+    del view
+    gc.collect()
+    assert made() is None
+
+
+@pytest.mark.gpu
+def test_a_pinned_tensor() -> None:
+    x = torch.zeros(3, 5).pin_memory()
+    gpuconst.fill(x, 0.5)
+    assert (x == 0.5).all()
