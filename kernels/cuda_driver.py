@@ -1,4 +1,4 @@
-"""Is there a GPU here that can be used? Asked of the driver itself, before any CUDA library is imported."""
+"""The CUDA driver: which GPUs can be used, asked before any library is imported, and copies, events, contexts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,28 @@ import ctypes
 import functools
 import os
 import sys
+import threading
+from collections import deque
 from typing import Any, NamedTuple
 
-from gpuconst.errors import DeviceUnavailableError
+import numpy as np
+
+from gpuconst.errors import DeviceUnavailableError, OutOfMemoryError
+
+_HANDLE, _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t
+#: What ctypes would pass as 32 bits if it were not told.
+_PARAMETERS = {
+    "cuCtxPushCurrent_v2": [_HANDLE],
+    "cuMemcpyAsync": [_ADDRESS, _ADDRESS, _SIZE, _HANDLE],
+    "cuStreamSynchronize": [_HANDLE],
+    "cuStreamIsCapturing": [_HANDLE, _HANDLE],
+    "cuStreamWaitEvent": [_HANDLE, _HANDLE, ctypes.c_uint],
+    "cuEventRecord": [_HANDLE, _HANDLE],
+    "cuEventQuery": [_HANDLE],
+    "cuEventDestroy_v2": [_HANDLE],
+}
+_DISABLE_TIMING = 2
+_CAPTURE_IMPLICIT = 906  # the legacy default stream, while another stream is captured
 
 #: CUDA 12, the oldest that both CuPy 14 and numba-cuda support.
 OLDEST_DRIVER = 12000
@@ -85,9 +104,15 @@ def driver() -> Driver:
     return Driver(version.value, tuple(_device(cuda, index) for index in range(count.value)), None)
 
 
+def _forget() -> None:
+    # A forked child cannot use what its parent initialised: let it ask, and be told so.
+    driver.cache_clear()
+    primary_context.cache_clear()
+    _copied_from.clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # A child cannot use what its parent initialised: let it ask, and be told so.
-    os.register_at_fork(after_in_child=lambda: driver.cache_clear())
+    os.register_at_fork(after_in_child=_forget)
 
 
 def why_not(index: int) -> str | None:
@@ -109,8 +134,12 @@ def current_index() -> int:
     return index.value if _library().cuCtxGetDevice(ctypes.byref(index)) == 0 else 0
 
 
+@functools.cache
 def _library() -> Any:
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    for name, types in _PARAMETERS.items():
+        getattr(cuda, name).argtypes = types
+    return cuda
 
 
 def _device(cuda: Any, index: int) -> Device:
@@ -160,3 +189,127 @@ def device_of(address: int) -> int:
     if kind.value != 2:  # CU_MEMORYTYPE_DEVICE
         raise ValueError(f"the array says that it is in CUDA memory, but {address:#x} is host memory")
     return index.value
+
+
+class _PrimaryContext:
+    """A device's primary context, made the thread's current one by `with`; any number at once, on any thread."""
+
+    def __init__(self, index: int) -> None:
+        cuda = _library()
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        _check(cuda.cuDeviceGet(ctypes.byref(device), index))
+        _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        self._context = context
+        self._push, self._pop = cuda.cuCtxPushCurrent_v2, cuda.cuCtxPopCurrent_v2
+
+    def __enter__(self) -> None:
+        _check(self._push(self._context))
+
+    def __exit__(self, *error: object) -> None:
+        self._pop(ctypes.byref(ctypes.c_void_p()))
+
+
+@functools.cache
+def primary_context(index: int) -> _PrimaryContext:
+    """Return a device's primary context, which CUDA libraries share; kept until the process ends.
+
+    The caller's current device is what it was when the `with` block ends.
+    """
+    return _PrimaryContext(index)
+
+
+def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None:
+    """Copy bytes between addresses of device `index` or the host, in stream order.
+
+    Host memory must live until the stream has come that far.
+    """
+    with primary_context(index):
+        _check(_library().cuMemcpyAsync(target, source, nbytes, stream))
+
+
+#: Host arrays that a copy may still be reading, with the events that say when it is done.
+_copied_from: deque[tuple[ctypes.c_void_p, np.ndarray]] = deque()
+_copying = threading.Lock()
+
+
+def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
+    """Copy a host array to device memory in stream order; the array may be let go of at once."""
+    cuda = _library()
+    with primary_context(index):
+        _check(cuda.cuMemcpyAsync(target, source.ctypes.data, source.nbytes, stream))
+        # The driver stages pageable memory before it returns, but not where the GPU can read it itself.
+        event = _record(stream)
+    with _copying:
+        _copied_from.append((event, source))
+        while _copied_from and cuda.cuEventQuery(_copied_from[0][0]) == 0:
+            cuda.cuEventDestroy_v2(_copied_from.popleft()[0])
+
+
+def order(first: int, then: int, index: int) -> None:
+    """Make stream `then` wait for what stream `first` has been given so far."""
+    if (first or 1) == (then or 1):  # 0 and 1 are the legacy default stream
+        return
+    cuda = _library()
+    with primary_context(index):
+        event = _record(first)
+        try:
+            _check(cuda.cuStreamWaitEvent(then, event, 0))
+        finally:
+            cuda.cuEventDestroy_v2(event)
+
+
+def _record(stream: int) -> ctypes.c_void_p:
+    cuda = _library()
+    event = ctypes.c_void_p()
+    _check(cuda.cuEventCreate(ctypes.byref(event), _DISABLE_TIMING))
+    _check(cuda.cuEventRecord(event, stream))
+    return event
+
+
+def synchronize(index: int, stream: int) -> None:
+    """Block until the stream has finished."""
+    with primary_context(index):
+        _check(_library().cuStreamSynchronize(stream))
+
+
+def is_capturing(index: int, stream: int) -> bool:
+    """Return whether work given to a stream becomes part of a CUDA graph, or would spoil one."""
+    status = ctypes.c_int()
+    with primary_context(index):
+        error = _library().cuStreamIsCapturing(stream, ctypes.byref(status))
+    if error == _CAPTURE_IMPLICIT:
+        return True
+    _check(error)
+    return status.value != 0
+
+
+def refuse_capture(index: int, stream: int) -> None:
+    """Raise if memory cannot be allocated on a stream, because it is being captured.
+
+    Raises
+    ------
+    RuntimeError
+        If it is.
+    """
+    if is_capturing(index, stream):
+        raise RuntimeError(
+            "a CUDA graph is being captured, and memory cannot be allocated meanwhile; allocate before the "
+            "capture, and fill several arrays with a plan made before it: plan = gpuconst.plan_fill(...)"
+        )
+
+
+def out_of_memory(nbytes: int, index: int) -> OutOfMemoryError:
+    """Return the error for an allocation of `nbytes` bytes on GPU `index` that failed."""
+    device = driver().devices[index]
+    return OutOfMemoryError(
+        f"cuda:{index} ({device.name}, {device.nbytes / 2**30:.1f} GiB) has no room for {nbytes} bytes "
+        f"({nbytes / 2**30:.1f} GiB). Another framework may hold the card: JAX takes most of it unless "
+        "XLA_PYTHON_CLIENT_PREALLOCATE=false, TensorFlow unless TF_FORCE_GPU_ALLOW_GROWTH=true"
+    )
+
+
+def _check(status: int) -> None:
+    if status:
+        name = ctypes.c_char_p()
+        _library().cuGetErrorName(status, ctypes.byref(name))
+        raise RuntimeError(f"the CUDA driver reports {(name.value or b'an error').decode()} ({status})")

@@ -3,11 +3,177 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from .runs import BLOCK, CHUNK, LANES, RUN, THREADS, TILE
+from . import cuda_driver, cuda_fill
+from .cuda_driver import copy, current_index, order, synchronize
+from .runs import BLOCK, CHUNK, LANES, RUN, THREADS, TILE, Launch, Region, run_launch, tile
+
+__all__ = [
+    "allocate",
+    "compile_kernels",
+    "compile_ptx",
+    "copy",
+    "current_index",
+    "fill",
+    "full",
+    "order",
+    "prepare",
+    "synchronize",
+    "why_not",
+]
+
+_INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+def why_not(index: int) -> str | None:
+    """Return why device `index` cannot be used through CuPy, or None if it can."""
+    return _missing_package() or cuda_driver.why_not(index) or _missing_compiler()
+
+
+@functools.cache
+def _missing_package() -> str | None:
+    return None if importlib.util.find_spec("cupy") else f"CuPy is not installed; {_INSTALL}"
+
+
+@functools.cache
+def _missing_compiler() -> str | None:
+    try:
+        import cupy
+        from cupy._core import core
+
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        return f"CuPy cannot use CUDA ({_first_line(error)}); {_INSTALL}"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+        core.assemble_cupy_compiler_options(())
+    except Exception as error:
+        return f"CuPy's compiler NVRTC cannot be loaded, or its headers ({_first_line(error)}); {_INSTALL}"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
+    """Return an uninitialised CuPy array from CuPy's current pool, and its address.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Elements along each dimension.
+    dtype : numpy.dtype
+        Of the elements, one that CuPy has.
+    index : int
+        Of the device.
+    stream : int
+        Handle of the stream that the memory is first used on, and given back on.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has no room.
+    RuntimeError
+        If a CUDA graph is being captured.
+    """
+    import cupy
+
+    cuda_driver.refuse_capture(index, stream)
+    with cupy.cuda.Device(index), _stream(stream):
+        try:
+            array = cupy.empty(shape, dtype)
+        except (MemoryError, cupy.cuda.runtime.CUDARuntimeError) as error:
+            if getattr(error, "status", _OUT_OF_MEMORY) != _OUT_OF_MEMORY:
+                raise
+            raise cuda_driver.out_of_memory(math.prod(shape) * dtype.itemsize, index) from error
+    return array, array.data.ptr
+
+
+def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
+    """Return what `allocate` does, filled with `element` in stream order.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has no room.
+    RuntimeError
+        If a CUDA graph is being captured.
+    """
+    array, address = allocate(shape, dtype, index, stream)
+    if array.nbytes:
+        _launch(run_launch(address, array.nbytes, *tile(address, element)), index, stream)
+    return array, address
+
+
+def fill(regions: Sequence[Region], index: int, stream: int) -> None:
+    """Fill regions of device memory that do not intersect, in stream order.
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        What to fill. The caller vouches for the addresses and keeps the memory alive.
+    index, stream : int
+        Of the device; handle of the stream.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If there is no memory for the table that several regions need.
+    RuntimeError
+        If a table is needed while a CUDA graph is being captured.
+    """
+    cuda_fill.fill(regions, index, stream, allocate, _launch)
+
+
+def prepare(regions: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
+    """Make regions ready to be filled any number of times; see `cuda_fill.prepare`."""
+    return cuda_fill.prepare(regions, index, stream, allocate, _launch)
+
+
+def _launch(launch: Launch, index: int, stream: int) -> None:
+    import cupy
+
+    with cupy.cuda.Device(index), _stream(stream):
+        if launch.kernel == "fill_run":
+            _fill_run()(*launch.arguments, size=launch.grid * THREADS, block_size=THREADS)
+        else:
+            _raw_kernel(launch.kernel)((launch.grid,), (THREADS,), launch.arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    """Return a stream object for a handle; 0 and 1 are the legacy default stream, 2 the per-thread one."""
+    import cupy
+
+    if handle <= 2:
+        return cupy.cuda.Stream.ptds if handle == 2 else cupy.cuda.Stream.null
+    return cupy.cuda.Stream.from_external(_Handle(handle))
+
+
+class _Handle:
+    """A stream's handle, as CuPy takes it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+@functools.cache
+def _raw_kernel(name: str) -> Any:
+    import cupy
+
+    return cupy.RawKernel(_RAW[name], name)
+
 
 # Integers reach a kernel as 64 bits, so no parameter is of another width. Addresses are integers because
 # a Region has no array; the assembler says what the compiler cannot know of an integer, that it points to
@@ -131,6 +297,7 @@ _RAW = {
     "fill_strided32": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided32").replace("Index", "unsigned"),
     "fill_strided64": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided64").replace("Index", "u64"),
 }
+
 
 @functools.cache
 def _fill_run() -> Any:

@@ -3,23 +3,231 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import math
 import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from .runs import THREADS
+import numpy as np
+
+from . import cubin_cache, cuda_driver, cuda_fill
+from .cuda_driver import copy, current_index, order, synchronize
+from .runs import THREADS, Launch, Region, run_launch, tile
+
+__all__ = [
+    "allocate",
+    "compile_kernels",
+    "compile_ptx",
+    "copy",
+    "current_index",
+    "fill",
+    "full",
+    "order",
+    "prepare",
+    "synchronize",
+    "why_not",
+]
+
+#: What the pool keeps of freed memory, in bytes, when the device is synchronised: enough to make small
+#: arrays cheap, too little to be missed on a shared card.
+RELEASE_THRESHOLD = 256 << 20
+
+_INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
+
+
+def why_not(index: int) -> str | None:
+    """Return why device `index` cannot be used through Numba, or None if it can."""
+    return _missing_package() or cuda_driver.why_not(index) or _missing_compiler()
 
 
 @functools.cache
-def _compiled_with() -> Any:
-    """Return Numba's CUDA module and the kernels."""
+def _missing_package() -> str | None:
+    for module, package in [("numba", "Numba"), ("numba_cuda", "numba-cuda"), ("cuda.core", "cuda-core")]:
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"{package} is not installed; {_INSTALL}"
+    return None
+
+
+@functools.cache
+def _missing_compiler() -> str | None:
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    for library in ("nvvm", "nvJitLink"):
+        try:
+            load_nvidia_dynamic_lib(library)
+        except Exception as error:
+            return f"Numba's compiler library {library} cannot be loaded ({_first_line(error)}); {_INSTALL}"
+    if getattr(sys.modules.get("numba.cuda"), "implementation", "NVIDIA") != "NVIDIA":
+        return (
+            "numba.cuda is Numba's built-in target, not numba-cuda: it was imported before numba-cuda could take "
+            "its place; import _numba_cuda_redirector first"
+        )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
+    """Return an uninitialised view of memory of an own pool, which exports DLPack, and its address.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Elements along each dimension.
+    dtype : numpy.dtype
+        Of the elements, one that DLPack can name.
+    index : int
+        Of the device.
+    stream : int
+        Handle of the stream that the memory is first used on, and given back on.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has no room.
+    RuntimeError
+        If a CUDA graph is being captured.
+    """
+    from cuda.core.utils import StridedMemoryView
+
+    nbytes = math.prod(shape) * dtype.itemsize
+    with cuda_driver.primary_context(index):
+        try:
+            # A size of 0 has no address; one byte has.
+            buffer = _pool(index).allocate(nbytes or 1, stream=_stream(stream))
+        except Exception as error:
+            cuda_driver.refuse_capture(index, stream)
+            if "CUDA_ERROR_OUT_OF_MEMORY" not in str(error):
+                raise
+            raise cuda_driver.out_of_memory(nbytes, index) from error
+        return StridedMemoryView.from_buffer(buffer, shape, dtype=dtype), int(buffer.handle)
+
+
+def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
+    """Return what `allocate` does, filled with `element` in stream order.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has no room.
+    RuntimeError
+        If a CUDA graph is being captured.
+    """
+    carrier, address = allocate(shape, dtype, index, stream)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes:
+        _launch(run_launch(address, nbytes, *tile(address, element)), index, stream)
+    return carrier, address
+
+
+def fill(regions: Sequence[Region], index: int, stream: int) -> None:
+    """Fill regions of device memory that do not intersect, in stream order.
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        What to fill. The caller vouches for the addresses and keeps the memory alive.
+    index, stream : int
+        Of the device; handle of the stream.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If there is no memory for the table that several regions need.
+    RuntimeError
+        If a table is needed while a CUDA graph is being captured.
+    """
+    cuda_fill.fill(regions, index, stream, allocate, _launch)
+
+
+def prepare(regions: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
+    """Make regions ready to be filled any number of times; see `cuda_fill.prepare`."""
+    return cuda_fill.prepare(regions, index, stream, allocate, _launch)
+
+
+def _launch(launch: Launch, index: int, stream: int) -> None:
+    from cuda import core
+
+    # To cuda.core an int is a signed 64-bit word, and the bits of a tile are any.
+    arguments = [word if word < 1 << 63 else word - (1 << 64) for word in launch.arguments]
+    with cuda_driver.primary_context(index):
+        core.launch(_stream(stream), _config(launch.grid), _kernel(launch.kernel, index), *arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def _config(grid: int) -> Any:
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=THREADS)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    """Return a stream object for a handle; 0 is the legacy default stream."""
+    from cuda.core import LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM, Stream
+
+    if handle <= 2:
+        return PER_THREAD_DEFAULT_STREAM if handle == 2 else LEGACY_DEFAULT_STREAM
+    return Stream.from_handle(handle)
+
+
+@functools.cache
+def _pool(index: int) -> Any:
+    from cuda.bindings import driver
+    from cuda.core import DeviceMemoryResource, DeviceMemoryResourceOptions
+
+    pool = DeviceMemoryResource(index, DeviceMemoryResourceOptions())
+    attribute = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+    (status,) = driver.cuMemPoolSetAttribute(pool.handle, attribute, driver.cuuint64_t(RELEASE_THRESHOLD))
+    if status:
+        raise RuntimeError(f"the release threshold of the memory pool cannot be set: {status}")
+    return pool
+
+
+@functools.cache
+def _kernel(name: str, index: int) -> Any:
+    from cuda.core import ObjectCode
+
+    major, minor = cuda_driver.driver().devices[index].capability
+    arch = f"sm_{major}{minor}"
+    cubin = cubin_cache.load_or_make(_key(name, arch), lambda: _link(_compile(name, arch), arch))
+    return ObjectCode.from_cubin(cubin, name=name).get_kernel(name)
+
+
+def _key(name: str, arch: str) -> str:
+    """Return a digest of everything that a cubin depends on."""
+    from cuda.bindings import nvjitlink
+
+    versions = [importlib.metadata.version(package) for package in ("numba", "numba-cuda", "llvmlite", "cuda-core")]
+    sources = [Path(__file__).with_name(f"{module}.py").read_text() for module in ("numba_kernels", "runs")]
+    parts = [name, arch, *versions, str(nvjitlink.version()), *sources]
+    return f"{name}-{arch}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
+
+
+@functools.cache
+def _kernels() -> tuple[Any, dict[str, tuple[Any, tuple[Any, ...]]]]:
+    """Return Numba's CUDA module and the kernels to compile with it."""
     # Where packages were installed with --target, the .pth that loads it at startup was not processed,
     # and `numba.cuda` would be the target that is built into Numba.
-    import _numba_cuda_redirector  # noqa: F401
-    from numba import cuda
+    importlib.import_module("_numba_cuda_redirector")
+    cuda = importlib.import_module("numba.cuda")
 
     from . import numba_kernels
 
-    return cuda, numba_kernels.kernels(numba_kernels.store)
+    # Inlined, because to compile a function that is called Numba asks for a device.
+    return cuda, numba_kernels.kernels(numba_kernels.store, cuda.jit(device=True, inline="always"))
 
 
 def compile_kernels(arch: str) -> dict[str, bytes]:
@@ -51,12 +259,12 @@ def compile_ptx(arch: str) -> dict[str, str]:
     dict of str to str
         PTX for each kernel, by name.
     """
-    _, kernels = _compiled_with()
+    _, kernels = _kernels()
     return {name: _compile(name, arch) for name in kernels}
 
 
 def _compile(name: str, arch: str) -> str:
-    cuda, kernels = _compiled_with()
+    cuda, kernels = _kernels()
     function, parameters = kernels[name]
     capability = divmod(int(arch.removeprefix("sm_")), 10)
     ptx, _ = cuda.compile(

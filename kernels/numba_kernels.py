@@ -4,6 +4,9 @@ Numba splits every vector into scalars, so the one store that matters is an intr
 the kernels passes it in: a test in the simulator passes one that checks the address instead.
 """
 
+# cuda.threadIdx and its kind are names within a kernel only.
+# mypy: disable-error-code="attr-defined,no-untyped-call"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -16,8 +19,8 @@ from numba.cuda.extending import intrinsic
 
 from .runs import BLOCK, CHUNK, INNER_LENGTHS, LANES, RUN, THREADS, TILE
 
-_ADDRESS, _NBYTES, _PITCH, _COUNT, _LOW, _HIGH = range(len(RUN))
-_WORDS = len(RUN)
+_ADDRESS, _NBYTES, _PITCH, _COUNT, _LOW, _HIGH = range(RUN.itemsize // 8)
+_WORDS = RUN.itemsize // 8
 _UNITS = BLOCK // TILE
 _CHUNK_UNITS = CHUNK // TILE
 
@@ -51,8 +54,8 @@ def store(typing_context: Any, address: Any, width: Any, low: Any, high: Any) ->
 
 
 def kernels(
-    store: Callable[[int, int, int, int], None], device: Callable[[Any], Any] = cuda.jit(device=True, inline="always")
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    store: Callable[..., None], device: Callable[[Any], Any]
+) -> dict[str, tuple[Callable[..., None], tuple[Any, ...]]]:
     """Build the kernels.
 
     Parameters
@@ -67,14 +70,15 @@ def kernels(
     dict of str to (function, tuple of types)
         Kernels and the types of their parameters, by name.
     """
+    # In what follows an int is Numba's: fixed in width, and int64 but where a conversion says otherwise.
 
     @device
-    def word(offset: int, low: int, high: int) -> int:
+    def word(offset: Any, low: Any, high: Any) -> Any:
         """Return up to eight bytes of a tile, from the one at `offset`."""
         return (high if offset & 8 else low) >> np.uint64((offset & 7) * 8)
 
     @device
-    def store_edges(address: int, nbytes: int, head: int, thread: int, low: int, high: int) -> None:
+    def store_edges(address: Any, nbytes: Any, head: Any, thread: Any, low: Any, high: Any) -> None:
         """Store the bytes before the first 16-byte boundary and after the last, one for each of 15 threads."""
         tail = (nbytes - head) & 15
         if thread < head:
@@ -82,7 +86,7 @@ def kernels(
         if thread < tail:
             store(address + nbytes - tail + thread, 1, word(thread, low, high), high)
 
-    def fill_run(address: int, nbytes: int, low: int, high: int) -> None:
+    def fill_run(address: Any, nbytes: Any, low: Any, high: Any) -> None:
         head = min(-address & 15, nbytes)
         units = (nbytes - head) // TILE
         first = cuda.blockIdx.x * _UNITS + cuda.threadIdx.x
@@ -97,7 +101,7 @@ def kernels(
         if cuda.blockIdx.x == 0 and cuda.threadIdx.x < TILE:
             store_edges(address, nbytes, head, cuda.threadIdx.x, low, high)
 
-    def fill_runs(table: Any, rows: int, chunks: int) -> None:
+    def fill_runs(table: Any, rows: Any, chunks: Any) -> None:
         chunk = cuda.blockIdx.x * (THREADS // LANES) + cuda.threadIdx.x // LANES
         lane = cuda.threadIdx.x % LANES
         if chunk >= chunks:
@@ -139,8 +143,8 @@ def kernels(
 
     def strided(index_type: Any) -> Any:
         def fill_strided(
-            address: int, total: int, width: int, shift: int, low: int, high: int,
-            length1: int, length2: int, length3: int, stride0: int, stride1: int, stride2: int, stride3: int,
+            address: Any, total: Any, width: Any, shift: Any, low: Any, high: Any,
+            length1: Any, length2: Any, length3: Any, stride0: Any, stride1: Any, stride2: Any, stride3: Any,
         ) -> None:  # fmt: skip
             thread = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
             if thread >= total:

@@ -29,7 +29,7 @@ RUN = np.dtype(
     [("address", "u8"), ("nbytes", "u8"), ("pitch", "u8"), ("count", "u8"), ("tile_low", "u8"), ("tile_high", "u8")]
 )
 
-_TABLE_WORDS = len(RUN) + 1
+_TABLE_WORDS = RUN.itemsize // 8 + 1
 
 
 class Region(NamedTuple):
@@ -121,6 +121,17 @@ def as_run(region: Region) -> tuple[int, ...] | None:
     if inner < LANES * _power_of_two(TILE | address | inner | strides[0]):
         return None  # a warp would store one piece a lane and fewer: cheaper piece by piece
     return (address, inner, strides[0], shape[0], *tile(address, element))
+
+
+def stretch(region: Region) -> tuple[int, int, int, int] | None:
+    """Return address, bytes and tile of a region in C order without gaps, None for any other.
+
+    The short way to `run_launch`, for the region that most calls are about.
+    """
+    address, shape, strides, element = region
+    if 0 in shape or strides != contiguous_strides(shape, len(element)):
+        return None
+    return (address, region.nbytes, *tile(address, element))
 
 
 def split(regions: Iterable[Region]) -> tuple[np.ndarray, list[Region]]:

@@ -1,0 +1,79 @@
+"""Filling regions on a GPU: what does not depend on the library that allocates and launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import cuda_driver
+from .runs import Launch, Region, run_launch, split, stretch, strided_launches, table, table_launch
+
+#: A backend's `allocate`: shape, dtype, device and stream to an array that owns its memory, and the address.
+Allocate = Callable[[tuple[int, ...], np.dtype[Any], int, int], tuple[Any, int]]
+#: Launches a kernel on a device and stream.
+Start = Callable[[Launch, int, int], None]
+
+
+def fill(regions: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start) -> None:
+    """Fill regions that do not intersect, once; see `prepare`."""
+    only = stretch(regions[0]) if len(regions) == 1 else None
+    if only is not None:
+        start(run_launch(*only), index, stream)
+    else:
+        prepare(regions, index, stream, allocate, start)(stream)
+
+
+def prepare(
+    regions: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start
+) -> Callable[[int], None]:
+    """Make regions that do not intersect ready to be filled any number of times.
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        What to fill, all on one device. The caller keeps the memory alive.
+    index : int
+        Of the device.
+    stream : int
+        The stream that the table of runs is made on, and given back on when the result is let go of.
+        Before the first fill on another one, wait for this one.
+    allocate, start : callable
+        The backend's.
+
+    Returns
+    -------
+    callable
+        Fills the regions on the stream it is given. While that is being captured into a graph, it only
+        launches; the result must then live as long as the graph.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If there is no memory for the table.
+    RuntimeError
+        If a table is needed while a graph is being captured.
+    """
+    runs, strided = split(regions)
+    launches: list[Launch] = []
+    memory = None
+    if len(runs) == 1 and runs["count"][0] == 1:
+        address, nbytes, _, _, low, high = runs[0].item()
+        launches.append(run_launch(address, nbytes, low, high))
+    elif len(runs):
+        words = table(runs)
+        memory, address = allocate(words.shape, words.dtype, index, stream)
+        cuda_driver.upload(address, words, index, stream)
+        launches.append(table_launch(address, words))
+    for region in strided:
+        launches.extend(strided_launches(region))
+
+    def fill(on: int) -> None:
+        for launch in launches:
+            start(launch, index, on)
+        if memory is not None and on != stream and not cuda_driver.is_capturing(index, on):
+            # The table goes back to its pool in the order of `stream`: not while this fill reads it.
+            cuda_driver.order(on, stream, index)
+
+    return fill
