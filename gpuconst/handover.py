@@ -58,7 +58,7 @@ def to_tensorflow(array: Exporter, dtype: DType) -> Any:
     if dtype.name.startswith("float8"):
         raise TypeError(
             f"TensorFlow does not import {dtype.name} through DLPack; "
-            "fill with 'bfloat16' and cast there, or use to_torch() or to_jax()"
+            "fill with 'bfloat16' and cast there, or use to_jax()"
         )
     return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
 
