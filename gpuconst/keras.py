@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -106,17 +106,20 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
         return cls(keras.saving.deserialize_keras_object(value))
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self._identity() == other._identity()
+        if type(self) is not type(other):
+            return False
+        if self.value is other.value:
+            return True
+        if any(keras.ops.is_tensor(value) and not isinstance(value, np.ndarray) for value in (self.value, other.value)):
+            return False  # they may be traced, with nothing in them yet to compare
+        # The text tells 0.0 from -0.0 and 1 from True, and a nan equals itself.
+        return repr(self.get_config()) == repr(other.get_config())
 
     def __hash__(self) -> int:
-        return hash(self._identity())
+        return hash(type(self))  # of the value it would be a search through an embedding matrix
 
     def __repr__(self) -> str:
         return f"gpuconst.Constant({self.value!r})"
-
-    def _identity(self) -> tuple[str, str]:
-        # The text tells 0.0 from -0.0 and 1 from True, and a nan equals itself.
-        return type(self).__name__, repr(self.get_config())
 
 
 class _Fixed:
@@ -152,6 +155,8 @@ class Ones(_Fixed, keras.initializers.Ones):  # type: ignore[misc]
 
 def _constant(value: Any, shape: Any, dtype: Any) -> Any:
     dtype = keras.backend.standardize_dtype(dtype)
+    if _dynamo_compiles():
+        return keras.initializers.Constant(value)(shape, dtype)
     shape = check_shape(shape, 1)
     if not _is_scalar(value):
         return _from_array(value, shape, dtype)
@@ -161,16 +166,30 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
         try:
             tensor = make(shape, value, dtype)
         except (MemoryError, DeviceUnavailableError) as error:
-            _warn_once(f"gpuconst could not fill this weight, Keras' own full did: {error}")
+            _warn_once(error)
         else:
             if tensor is not None:
                 return tensor
-    return keras.ops.full(shape, value, dtype=dtype)
+    # As a Python number: not every backend's full takes the scalars of NumPy and ml_dtypes for what they are.
+    number = value.item() if isinstance(value, np.generic | np.ndarray) else value
+    return keras.ops.full(shape, number, dtype=dtype)
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
+def _dynamo_compiles() -> bool:
+    """Whether torch.compile reads this code instead of running it: the value policy is not for its eyes."""
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.compiler.is_dynamo_compiling())
+
+
+_warned: set[type[Exception]] = set()
+
+
+def _warn_once(error: Exception) -> None:
+    """Say why the first weight was left to Keras; the next ones only have other numbers in the same message."""
+    if type(error) not in _warned:
+        _warned.add(type(error))
+        message = f"gpuconst could not fill a weight, Keras' own full does, for this one and the next: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _is_scalar(value: Any) -> bool:
@@ -201,11 +220,13 @@ def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
+    if dtype.startswith("float8"):  # which its DLPack does not take
+        return None
     probe = keras.ops.zeros((), dtype=dtype)
     if not hasattr(probe, "numpy"):  # a graph is being built
         return None
     device = _tensorflow_device(probe.device)
-    if device is None or probe.dtype.name.startswith("float8"):  # which its DLPack does not take
+    if device is None:
         return None
     return _filled(shape, value, probe.dtype.name, device).to_tensorflow()
 
@@ -236,8 +257,8 @@ def _make_torch(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     import torch
 
     probe = keras.ops.zeros((), dtype=dtype)
-    if not has_memory(probe):
-        return None
+    if not has_memory(probe):  # keras.ops.full would read the value back from a meta tensor
+        return keras.initializers.Constant(value)(shape, dtype)
     if probe.is_cuda:  # torch's own allocator: it reserves the card, so another's would compete with it
         tensor = fill(torch.empty(shape, dtype=probe.dtype, device=probe.device), value)
         _log.debug(FILLED, select(str(probe.device)).backend, probe.device, tensor.data_ptr())
