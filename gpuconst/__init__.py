@@ -10,10 +10,10 @@ if _find_spec("gpuconst.kernels") is None:
     )
 
 from .array import Array
-from .creation import full, ones, zeros
+from .creation import full, full_many, ones, zeros
 from .environment import Info, info
 from .errors import CopyNeededError, DeviceUnavailableError, OutOfMemoryError
-from .filling import fill
+from .filling import FillPlan, fill, fill_many, plan_fill
 from .views import shares_memory
 
 if TYPE_CHECKING:
@@ -24,14 +24,18 @@ __all__ = [
     "Constant",
     "CopyNeededError",
     "DeviceUnavailableError",
+    "FillPlan",
     "Info",
     "Ones",
     "OutOfMemoryError",
     "Zeros",
     "fill",
+    "fill_many",
     "full",
+    "full_many",
     "info",
     "ones",
+    "plan_fill",
     "shares_memory",
     "zeros",
 ]

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -42,6 +42,15 @@ class Backend(Protocol):
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
         """Return an uninitialised array that owns its memory and exports DLPack, and its address."""
 
+    def carve(
+        self,
+        carrier: Any,
+        offsets: Sequence[int],
+        shapes: Sequence[tuple[int, ...]],
+        dtypes: Sequence[np.dtype[Any]],
+    ) -> list[Any]:
+        """Return arrays within an allocated array of bytes, which each of them keeps alive."""
+
     def full(
         self, shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int
     ) -> tuple[Any, int]:
@@ -49,6 +58,9 @@ class Backend(Protocol):
 
     def fill(self, regions: Sequence[Region], index: int, stream: int) -> None:
         """Fill memory in place; regions that intersect are filled in their order."""
+
+    def prepare(self, runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
+        """Return what fills many runs in one launch, on the stream it is called with, again and again."""
 
     def copy(self, target: int, source: int, nbytes: int, index: int, stream: int) -> None:
         """Copy bytes between addresses of device `index` or the host, in stream order."""

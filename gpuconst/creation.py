@@ -12,7 +12,9 @@ from .errors import OutOfMemoryError
 from .streams import stream_handle
 from .values import check_shape, default_dtype, encode
 
-__all__ = ["full", "ones", "zeros"]
+__all__ = ["full", "full_many", "ones", "zeros"]
+
+_log = logging.getLogger("gpuconst")
 
 
 def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, stream: Any = None) -> Array:
@@ -115,3 +117,80 @@ def ones(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any 
     Array
     """
     return full(shape, 1.0, dtype=dtype, device=device, stream=stream)
+
+
+def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, stream: Any = None) -> dict[str, Array]:
+    """Return many new arrays, each filled with its constant, from one allocation and one launch.
+
+    Parameters
+    ----------
+    specs : mapping of str to (shape, fill_value, dtype)
+        For each name what `full` takes; a dtype of None is the default for the value.
+    device, stream : optional
+        As for `full`.
+
+    Returns
+    -------
+    dict of str to Array
+        In the order of `specs`, each at an address that is a multiple of 256 bytes. They share one
+        block of memory, which lives as long as any of them, or anything that shares its memory.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        As for `full`, with the name in the message, before anything is allocated; TypeError too if a
+        spec is not a triple.
+    DeviceUnavailableError
+        If the device was named and cannot be used.
+    OutOfMemoryError
+        If the device has no memory left.
+
+    Examples
+    --------
+    >>> import gpuconst
+    >>> made = gpuconst.full_many({"scale": (3, 1.0, "float32"), "bias": ((2, 2), 0, "bfloat16")}, device="cpu")
+    >>> made["scale"].to_numpy()
+    array([1., 1., 1.], dtype=float32)
+    """
+    start = time.perf_counter()
+    if not isinstance(specs, Mapping):
+        raise TypeError(f"specs is {type(specs).__name__}, expected a mapping of name to (shape, fill_value, dtype)")
+    rows: list[DType] = []
+    shapes: list[tuple[int, ...]] = []
+    elements: list[bytes] = []
+    for name, spec in specs.items():
+        try:
+            shape, fill_value, dtype = spec
+        except (TypeError, ValueError):
+            raise TypeError(f"{name!r} has the spec {spec!r}, expected (shape, fill_value, dtype)") from None
+        try:
+            row = default_dtype(fill_value) if dtype is None else resolve_dtype(dtype)
+            shapes.append(check_shape(shape, row.itemsize))
+            elements.append(encode(fill_value, row))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise type(error)(f"{name!r}: {error}") from None
+        rows.append(row)
+    lengths = [math.prod(shape) * len(element) for shape, element in zip(shapes, elements, strict=True)]
+    stops = np.cumsum([length + -length % ALIGNMENT for length in lengths], dtype=object)
+    total = int(stops[-1]) if lengths else 0
+    check_shape(total, 1)
+    place = select(device)
+    handle = stream_handle(stream, place)
+    slab, address = place.module.allocate((total,), np.dtype(np.uint8), place.ordinal, handle)
+
+    runs = np.zeros(len(lengths), RUN)
+    nbytes = np.array(lengths, np.uint64)
+    offsets = np.array([0, *stops[:-1]], np.uint64)[: len(lengths)]
+    words = tiles(elements)
+    runs["address"], runs["nbytes"], runs["count"] = offsets + np.uint64(address), nbytes, 1
+    runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]
+    place.module.prepare(runs[nbytes > 0], [], place.ordinal, handle)(handle)
+
+    starts = offsets.tolist()
+    carriers = place.module.carve(slab, starts, shapes, [row.carrier for row in rows])
+    made = {
+        name: Array(carrier, address + offset, shape, row, place, handle)
+        for name, carrier, offset, shape, row in zip(specs, carriers, starts, shapes, rows, strict=True)
+    }
+    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), total, time.perf_counter() - start)
+    return made

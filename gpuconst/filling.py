@@ -1,18 +1,24 @@
-"""Memory that is there already, filled in place: `fill`."""
+"""Memory that is there already, filled in place: `fill`, `fill_many`, `plan_fill`."""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from .array import Array
-from .backends import select
+from .backends import Place, select
+from .batch import Batch, each_with_value, gather, writable_view
 from .kernels.runs import Region
-from .streams import stream_handle
-from .torch_rules import check_writable, has_memory, is_tensor, mark_written
+from .streams import current_streams, stream_handle
+from .torch_rules import has_memory, is_tensor, mark_written, tensor_positions
 from .values import encode
-from .views import View, view_of
+from .views import extents
 
-__all__ = ["fill"]
+__all__ = ["FillPlan", "fill", "fill_many", "plan_fill"]
+
+_log = logging.getLogger("gpuconst")
 
 T = TypeVar("T")
 
@@ -70,17 +76,195 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     return x
 
 
-def writable_view(x: Any) -> View:
-    """Look at an array that is about to be written.
+def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> None:
+    """Fill many arrays with constants, in one launch per device.
+
+    Everything is checked before anything is written: either every array is filled, or none is touched.
+    Arrays whose address ranges intersect are filled in their order, in successive launches, and so is
+    what is strided in more than one dimension. It is a `plan_fill` used once.
+
+    Parameters
+    ----------
+    xs : iterable of array
+        Any mix of what `fill` takes.
+    fill_values : scalar, bytes, or iterable of them
+        One value for all, or one for each array.
+    stream : optional
+        The CUDA stream to fill on, instead of the owners' current one.
 
     Raises
     ------
-    TypeError, ValueError, RuntimeError
-        If it must not be written; the message says why and what to do.
+    TypeError, ValueError, OverflowError, RuntimeError
+        As `fill` for a single array, with its index in the message; ValueError too if there are not
+        as many values as arrays.
     """
-    if is_tensor(x):
-        check_writable(x)
-    view = view_of(x)
-    if view.read_only is not None:
-        raise ValueError(f"cannot fill {type(x).__name__}: {view.read_only}")
-    return view
+    start = time.perf_counter()
+    arrays, values = each_with_value(xs, fill_values)
+    batches = gather(arrays, fill_values, values)
+    steps = [_Step(select(batch.device), batch, arrays) for batch in batches]
+    _check_stream(stream, steps)
+    for step in steps:
+        step.prepare(stream)
+    # All are prepared, table and memory included, before the first is filled.
+    for step in steps:
+        step.fill(stream)
+    mark_written(_tensors(arrays))
+    _log_filled(arrays, steps, start)
+
+
+def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
+    """Prepare to fill many arrays with constants again and again.
+
+    Parameters
+    ----------
+    xs : iterable of array
+        Any mix of what `fill` takes; the plan keeps the arrays alive.
+    fill_values : scalar, bytes, or iterable of them
+        One value for all, or one for each array.
+
+    Returns
+    -------
+    FillPlan
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError, RuntimeError
+        As for `fill_many`.
+
+    Examples
+    --------
+    >>> import gpuconst, torch
+    >>> buffers = [torch.empty(n) for n in (3, 1000, 64)]
+    >>> plan = gpuconst.plan_fill(buffers, [0.0, 1.0, -0.5])
+    >>> plan.fill()
+    >>> buffers[2][:2]
+    tensor([-0.5000, -0.5000])
+    """
+    return FillPlan(xs, fill_values)
+
+
+class FillPlan:
+    """Arrays and values, checked and laid out once, to be filled at the price of one launch per device.
+
+    Made by `plan_fill`. The plan writes to the addresses that the arrays had when it was made. What
+    moves or frees an array's memory makes it stale: ``module.double()``, ``tensor.resize_``,
+    ``tensor.data = …``, the resharding of FSDP. Ask `stale` after anything of the kind, and make a new
+    plan if it names any; filling through a stale plan writes into memory that is no longer the array's.
+    """
+
+    __slots__ = ("_arrays", "_places", "_steps", "_tensors")
+
+    def __init__(self, xs: Iterable[Any], fill_values: Any) -> None:
+        start = time.perf_counter()
+        self._arrays, values = each_with_value(xs, fill_values)
+        batches = gather(self._arrays, fill_values, values)
+        self._steps = [_Step(select(batch.device), batch, self._arrays) for batch in batches]
+        for step in self._steps:
+            step.prepare(None)
+            step.place.module.synchronize(step.place.ordinal, 0)  # any later stream finds the table there
+        self._tensors = _tensors(self._arrays)
+        self._places = extents(self._arrays)
+        nbytes = sum(batch.nbytes for batch in batches)
+        _log.debug(
+            "planned to fill %d arrays, %d bytes, in %d batches; took %.6f s",
+            len(self._arrays),
+            nbytes,
+            len(batches),
+            time.perf_counter() - start,
+        )
+
+    def fill(self, stream: Any = None) -> None:
+        """Fill the arrays.
+
+        Parameters
+        ----------
+        stream : optional
+            The CUDA stream to fill on, instead of the owners' current one; it may be under capture into
+            a graph.
+
+        Raises
+        ------
+        ValueError
+            If a stream is given and all arrays are on the CPU, or it is a stream of another device.
+        RuntimeError
+            If autograd is recording and an array requires grad.
+        """
+        start = time.perf_counter()
+        _check_stream(stream, self._steps)
+        for step in self._steps:
+            step.fill(stream)
+        mark_written(self._tensors)
+        _log_filled(self._arrays, self._steps, start)
+
+    def stale(self) -> list[int]:
+        """Return the indices of the arrays whose memory is not where it was when the plan was made.
+
+        Returns
+        -------
+        list of int
+            Empty as long as the plan may be used.
+        """
+        here = extents(self._arrays)
+        return [index for index, (then, now) in enumerate(zip(self._places, here, strict=True)) if then != now]
+
+    def __repr__(self) -> str:
+        devices = ", ".join(dict.fromkeys(step.place.device for step in self._steps))
+        return f"gpuconst.FillPlan({len(self._arrays)} arrays, {len(self._steps)} batches, on {devices or 'no device'})"
+
+
+class _Step:
+    """One launch: a batch, the place that fills it, and whose streams it has to respect."""
+
+    __slots__ = ("_batch", "_kinds", "_ours", "_run", "place")
+
+    def __init__(self, place: Place, batch: Batch, arrays: Sequence[Any]) -> None:
+        self.place = place
+        self._batch = batch
+        self._run: Callable[[int], None] | None = None
+        on_gpu = place.device != "cpu"
+        self._ours = [x for x in arrays if isinstance(x, Array) and x.device == place.device] if on_gpu else []
+        self._kinds = set(map(type, arrays)) if on_gpu else set()
+
+    def prepare(self, stream: Any) -> None:
+        self._run = self.place.module.prepare(
+            self._batch.runs, self._batch.strided, self.place.ordinal, self._streams(stream)[0]
+        )
+
+    def fill(self, stream: Any) -> None:
+        assert self._run is not None
+        place = self.place
+        handle, others = self._streams(stream)
+        for other in others:
+            place.module.order(other, handle, place.ordinal)
+        self._run(handle)
+        if stream is None:
+            for other in others:
+                place.module.order(handle, other, place.ordinal)
+        for array in self._ours:
+            array._stream = handle
+
+    def _streams(self, stream: Any) -> tuple[int, list[int]]:
+        """Return the stream to fill on, and those that it has to wait for."""
+        if self.place.device == "cpu":
+            return 0, []
+        ours = {array._stream: None for array in self._ours}
+        if stream is not None:
+            handle = stream_handle(stream, self.place)
+            return handle, [other for other in ours if other != handle]
+        handles = list({**dict.fromkeys(current_streams(self._kinds, self.place.ordinal)), **ours})
+        return (handles[0], handles[1:]) if handles else (0, [])
+
+
+def _check_stream(stream: Any, steps: Sequence[_Step]) -> None:
+    if stream is not None and all(step.place.device == "cpu" for step in steps):
+        raise ValueError(f"stream={stream!r} was given, but all arrays are on the CPU, which has none; drop it")
+
+
+def _tensors(arrays: Sequence[Any]) -> list[Any]:
+    """Return the torch tensors, whose versions count."""
+    positions = tensor_positions(arrays)
+    return list(arrays) if len(positions) == len(arrays) else [arrays[position] for position in positions]
+
+
+def _log_filled(arrays: Sequence[Any], steps: Sequence[_Step], start: float) -> None:
+    _log.debug("filled %d arrays in %d batches; took %.6f s", len(arrays), len(steps), time.perf_counter() - start)

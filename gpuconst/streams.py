@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 from .backends import Place
 
-__all__ = ["consumer_handle", "stream_handle"]
+__all__ = ["consumer_handle", "current_streams", "stream_handle"]
 
 
 def stream_handle(stream: Any, place: Place) -> int:
@@ -80,3 +82,27 @@ def consumer_handle(stream: Any) -> int | None:
             "2 (per-thread default), -1 (no synchronisation) or a handle"
         )
     return None if stream == -1 else stream
+
+
+def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
+    """Return the handles of the streams on which the frameworks of some arrays work at the moment.
+
+    Parameters
+    ----------
+    kinds : iterable of type
+        Of the arrays.
+    ordinal : int
+        Of the GPU.
+
+    Returns
+    -------
+    list of int
+        One for each framework that has a current stream there.
+    """
+    handles = []
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
+    if torch is not None and any(issubclass(kind, torch.Tensor) for kind in kinds) and torch.cuda.is_initialized():
+        handles.append(int(torch.cuda.current_stream(ordinal).cuda_stream))
+    if cupy is not None and any(issubclass(kind, cupy.ndarray) for kind in kinds):
+        handles.append(int(cupy.cuda.get_current_stream(ordinal).ptr))
+    return handles

@@ -6,17 +6,40 @@ the overwritten values, where `torch.Tensor.fill_` raises.
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["check_writable", "has_memory", "is_tensor", "local_part", "mark_written"]
+import numpy as np
+
+__all__ = [
+    "Columns",
+    "check_writable",
+    "columns",
+    "has_memory",
+    "is_tensor",
+    "local_part",
+    "mark_written",
+    "tensor_positions",
+]
 
 
 def is_tensor(x: Any) -> bool:
     """Whether an object is a torch tensor, asked without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
+
+
+def tensor_positions(arrays: Sequence[Any]) -> Sequence[int]:
+    """Return the indices of the torch tensors among some arrays."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    kinds = {kind for kind in set(map(type, arrays)) if issubclass(kind, torch.Tensor)}
+    if kinds.issuperset(map(type, arrays)):
+        return range(len(arrays))
+    return [index for index, kind in enumerate(map(type, arrays)) if kind in kinds]
 
 
 def has_memory(tensor: Any) -> bool:
@@ -74,6 +97,79 @@ def check_writable(tensor: Any) -> None:
         raise ValueError("the tensor is a lazy negative or conjugate view; fill x.resolve_neg().resolve_conj()")
 
 
+class Columns(NamedTuple):
+    """What there is to know of many tensors, a column a fact.
+
+    Attributes
+    ----------
+    plain : numpy.ndarray of bool
+        Which tensors are dense, contiguous, on the CPU or CUDA, and may be written; only of those is the
+        rest true.
+    addresses, nbytes, devices : numpy.ndarray of int
+        Where each is and how long; -1 for the CPU, else the index of the GPU.
+    dtypes : list of torch.dtype
+        Of each.
+    """
+
+    plain: np.ndarray
+    addresses: np.ndarray
+    nbytes: np.ndarray
+    devices: np.ndarray
+    dtypes: list[Any]
+
+
+def columns(tensors: Sequence[Any]) -> Columns:
+    """Read many tensors at once, by what `check_writable` and a look at each would find.
+
+    Reading a fact of all tensors in C before the next fact costs a tenth of a microsecond for each, a
+    call of our own for each tensor several of them.
+
+    Parameters
+    ----------
+    tensors : sequence of torch.Tensor
+        Of any kind.
+
+    Returns
+    -------
+    Columns
+    """
+    import torch
+
+    count, tensor_type = len(tensors), torch.Tensor
+
+    def read(fact: Callable[[Any], Any], dtype: Any = np.bool_) -> np.ndarray:
+        return np.fromiter(map(fact, tensors), dtype, count)
+
+    kinds = set(map(type, tensors))
+    ordinary = kinds <= {torch.Tensor, torch.nn.Parameter} and torch.autograd.forward_ad._current_level < 0
+    if ordinary:
+        try:
+            addresses = read(tensor_type.data_ptr, np.uint64)
+        except RuntimeError:  # sparse, nested, transformed: one that has no memory of its own
+            ordinary = False
+    if not ordinary:
+        nothing = np.zeros(count, np.int64)
+        return Columns(nothing.astype(np.bool_), nothing.astype(np.uint64), nothing.astype(np.uint64), nothing, [])
+    nbytes = read(operator.attrgetter("nbytes"), np.uint64)
+    dtypes = list(map(operator.attrgetter("dtype"), tensors))
+    itemsizes = {dtype: dtype.itemsize for dtype in set(dtypes)}
+    # Null covers storage that was freed. Storage cut short is found by the look at a single tensor only:
+    # asking each for its storage would double the time here, and torch's own fill_ does not ask.
+    plain = read(tensor_type.is_contiguous) & (addresses != 0)
+    plain &= addresses % np.fromiter(map(itemsizes.__getitem__, dtypes), np.uint64, count) == 0
+    plain &= ~(read(tensor_type.is_neg) | read(tensor_type.is_conj))
+    devices = np.full(count, -1)
+    on_cpu = read(operator.attrgetter("is_cpu"))
+    if not on_cpu.all():
+        devices = read(tensor_type.get_device, np.int64)
+        plain &= on_cpu | read(operator.attrgetter("is_cuda"))
+    if not torch.is_inference_mode_enabled():
+        plain &= ~read(tensor_type.is_inference)
+    if torch.is_grad_enabled():
+        plain &= ~read(operator.attrgetter("requires_grad"))
+    return Columns(plain, addresses, nbytes, devices, dtypes)
+
+
 def mark_written(tensors: Sequence[Any]) -> None:
     """Tell autograd that tensors were written in place, so that a backward that needs the old values raises.
 
@@ -84,5 +180,7 @@ def mark_written(tensors: Sequence[Any]) -> None:
     """
     import torch
 
-    written = [*tensors, *(part for tensor in tensors if (part := local_part(tensor)) is not tensor)]
-    torch.autograd.graph.increment_version([tensor for tensor in written if not tensor.is_inference()])
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and distributed.DTensor in set(map(type, tensors)):
+        tensors = [*tensors, *map(local_part, tensors)]
+    torch.autograd.graph.increment_version(tensors)

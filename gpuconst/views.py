@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,9 @@ from .dlpack import CPU, CUDA, READ_ONLY, Tensor, read_capsule
 from .dtypes import DType, dtype_from_dlpack, resolve_dtype
 from .kernels import cuda_driver
 from .kernels.runs import contiguous_strides
-from .torch_rules import local_part
+from .torch_rules import has_memory, is_tensor, local_part
 
-__all__ = ["View", "shares_memory", "view_of"]
+__all__ = ["View", "extents", "shares_memory", "view_of"]
 
 _CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
 _IS_COPIED = 2
@@ -106,6 +106,34 @@ def shares_memory(a: Any, b: Any) -> bool:
     """
     first, second = view_of(a), view_of(b)
     return first.device == second.device and bool(np.shares_memory(_outline(first), _outline(second)))
+
+
+def extents(arrays: Sequence[Any]) -> list[tuple[int, int]]:
+    """Return where the memory of each array is, and its bytes or, of a foreign array, its elements.
+
+    Parameters
+    ----------
+    arrays : sequence of array
+        Meta and fake tensors, and arrays that have lost their memory, are at address 0.
+    """
+    if not all(map(is_tensor, arrays)):
+        return [_extent(x) for x in arrays]
+    try:
+        torch = sys.modules["torch"]
+        return list(zip(map(torch.Tensor.data_ptr, arrays), map(operator.attrgetter("nbytes"), arrays), strict=True))
+    except (KeyError, RuntimeError):  # no arrays; one that has no memory of its own
+        return [_extent(x) for x in arrays]
+
+
+def _extent(x: Any) -> tuple[int, int]:
+    if is_tensor(x):
+        tensor = local_part(x)
+        return (tensor.data_ptr(), tensor.nbytes) if has_memory(tensor) else (0, 0)
+    try:
+        view = view_of(x)
+    except (TypeError, ValueError, BufferError):
+        return 0, 0
+    return view.address, math.prod(view.shape)
 
 
 def _outline(view: View) -> np.ndarray:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from .host_memory import reserve
-from .runs import Region, normalised
+from .runs import TILE, Region, normalised
 
 #: From `BY_ROWS` bytes on, rows of `ROW` bytes are copied instead of elements stored: NumPy copies a row
 #: with memcpy, at twice the speed of its fill. Below, the calls that set it up cost more.
@@ -22,6 +23,8 @@ ROW = 16 << 10
 BY_ROWS = 128 << 10
 #: From this many bytes on, two threads fill: first touch is then bound by the page faults of one core.
 TWO_THREADS = 32 << 20
+#: Runs of one length are scattered together from this many on; setting it up costs as much as so many fills.
+FEWEST_SCATTERED = 4
 
 # All of memory as one buffer, so that NumPy arrays can be laid over any address: building a ctypes
 # array type for each length instead would cost several times the fill of a small tensor. It starts
@@ -70,6 +73,25 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     return np.ndarray(shape, dtype, buffer, offset), address
 
 
+def carve(
+    carrier: Any, offsets: Sequence[int], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]
+) -> list[Any]:
+    """Return arrays within an array of bytes, which each of them keeps alive.
+
+    Parameters
+    ----------
+    carrier : numpy.ndarray
+        Of bytes, from `allocate`.
+    offsets : sequence of int
+        Of each array, in bytes.
+    shapes : sequence of tuple of int
+        Of each array.
+    dtypes : sequence of numpy.dtype
+        Of each array.
+    """
+    return list(map(np.ndarray, shapes, dtypes, itertools.repeat(carrier), offsets))
+
+
 def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
     """Return what `allocate` does, filled with `element`.
 
@@ -108,6 +130,71 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
         else:
             dtype = _UNSIGNED[itemsize]
             _view(address, shape, dtype, strides)[...] = _element(element, dtype)
+
+
+def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
+    """Return a function that fills many stretches of host memory at once, as often as it is called.
+
+    Short runs of one length are one NumPy assignment through an array of addresses: 10 to 100 ns each,
+    where a call for each would cost 10 times that.
+
+    Parameters
+    ----------
+    runs : numpy.ndarray of RUN
+        No two of which intersect.
+    strided : sequence of Region
+        What is no run.
+    index, stream : int
+        Of the device; the CPU has only 0.
+
+    Returns
+    -------
+    callable
+        Takes the stream, 0.
+    """
+    short = (runs["count"] == 1) & (runs["nbytes"] <= ROW)
+    scatters: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    alone = [np.flatnonzero(~short)]
+    order = np.flatnonzero(short)
+    order = order[np.argsort(runs["nbytes"][order], kind="stable")]
+    lengths = runs["nbytes"][order]
+    bounds = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(order)]
+    for start, stop in itertools.pairwise(bounds):
+        if stop - start < FEWEST_SCATTERED:
+            alone.append(order[start:stop])
+        else:
+            scatters.append(_scatter(runs[order[start:stop]]))
+    regions = [*(_as_region(run) for run in runs[np.concatenate(alone)].tolist()), *strided]
+
+    def run(stream: int) -> None:
+        for memory, offsets, tiles in scatters:
+            memory[offsets] = tiles
+        fill(regions, index, stream)
+
+    return run
+
+
+def _scatter(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what fills runs of one length: all of memory in rows of it, the rows' offsets, their contents."""
+    nbytes = int(runs["nbytes"][0])
+    unit = min(nbytes & -nbytes, TILE)
+    dtype = _UNSIGNED[unit]
+    # Overlapping rows, one at each byte: an index is an address. So many that their bytes can be counted.
+    memory = np.ndarray((2**62 // nbytes, nbytes // unit), dtype, _MEMORY, 0, (1, unit))
+    addresses = runs["address"].astype(np.int64)
+    tiles = np.stack([runs["tile_low"], runs["tile_high"]], axis=1).view(np.uint8)
+    if (addresses % TILE).any():
+        tiles = np.take_along_axis(tiles, (addresses[:, None] + np.arange(TILE)) % TILE, axis=1)
+    return memory, addresses - _ORIGIN, np.ascontiguousarray(tiles[:, :unit]).view(dtype)
+
+
+def _as_region(run: tuple[int, ...]) -> Region:
+    address, nbytes, pitch, count, low, high = run
+    unit = min(nbytes & -nbytes, TILE)
+    tile = (low.to_bytes(8, "little") + high.to_bytes(8, "little")) * 2
+    start = address % TILE
+    element = tile[start : start + unit]
+    return Region(address, (count, nbytes // unit), (pitch, unit), element)
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> np.ndarray:

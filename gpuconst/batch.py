@@ -1,0 +1,284 @@
+"""Many arrays and their values: checked, and turned into rows of integers, before anything is written."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .dtypes import DType, resolve_dtype
+from .kernels.runs import RUN, TILE, Region, as_run, normalised
+from .torch_rules import Columns, check_writable, columns, has_memory, is_tensor, tensor_positions
+from .values import encode
+from .views import View, view_of
+
+__all__ = ["Batch", "each_with_value", "gather", "tiles", "writable_view"]
+
+
+class Batch(NamedTuple):
+    """What one launch on one device can fill.
+
+    Attributes
+    ----------
+    device : str
+        ``"cpu"`` or ``"cuda:N"``.
+    runs : numpy.ndarray of RUN
+        None of which intersects another, or anything strided.
+    strided : list of Region
+        What is no run.
+    """
+
+    device: str
+    runs: np.ndarray
+    strided: list[Region]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that filling it writes."""
+        total: int = np.sum(self.runs["nbytes"] * self.runs["count"]).item()
+        for region in self.strided:
+            total += region.nbytes
+        return total
+
+
+def each_with_value(xs: Iterable[Any], fill_values: Any) -> tuple[list[Any], list[Any] | None]:
+    """Return arrays and values as lists, the values as None where one serves all.
+
+    Parameters
+    ----------
+    xs : iterable of array
+        Consumed once.
+    fill_values : scalar, bytes, or iterable of them
+        One value for all, or as many as there are arrays.
+
+    Raises
+    ------
+    TypeError
+        If `xs` is an array instead of several.
+    ValueError
+        If the lengths differ, or an iterator has nothing left to give.
+    """
+    if is_tensor(xs) or isinstance(xs, np.ndarray) or not isinstance(xs, Iterable):
+        raise TypeError(f"xs is {type(xs).__name__}, expected several arrays; for one array use gpuconst.fill")
+    arrays = list(xs)
+    if not arrays and isinstance(xs, Iterator):
+        raise ValueError("the iterator xs gave no arrays; if it was used before, pass list(...) of it instead")
+    if isinstance(fill_values, str | bytes | np.generic) or not isinstance(fill_values, Iterable):
+        return arrays, None
+    if isinstance(fill_values, np.ndarray) and fill_values.ndim == 0:
+        return arrays, None
+    values = list(fill_values)
+    if len(values) != len(arrays):
+        raise ValueError(
+            f"there are {len(arrays)} arrays and {len(values)} values; expected one value, or one for each"
+        )
+    return arrays, values
+
+
+def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None) -> list[Batch]:
+    """Check arrays and values, and say what to fill, launch by launch.
+
+    Arrays whose address ranges intersect come in successive batches, in their order.
+
+    Parameters
+    ----------
+    arrays : sequence of array
+        As for `fill`.
+    fill_values, values
+        What `each_with_value` made of the values; `fill_values` counts where `values` is None.
+
+    Returns
+    -------
+    list of Batch
+        To be filled in this order.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError, RuntimeError
+        As for `fill`, with the index of the array in the message.
+    """
+    parts: list[_Part] = []
+    rest: Sequence[int] = range(len(arrays))
+    tensors = tensor_positions(arrays)
+    if tensors:
+        found = columns([arrays[index] for index in tensors] if len(tensors) < len(arrays) else arrays)
+        plain = np.flatnonzero(found.plain)
+        positions = np.array(tensors)[plain]
+        for device in np.unique(found.devices[plain]).tolist():
+            chosen = found.devices[plain] == device
+            parts.append(_plain_part(found, plain[chosen], positions[chosen], fill_values, values))
+        done = set(positions.tolist())
+        rest = [index for index in rest if index not in done]
+    parts += _other_parts(arrays, rest, fill_values, values)
+    by_device: dict[str, list[_Part]] = {}
+    for part in parts:
+        by_device.setdefault(part.device, []).append(part)
+    return [batch for device, these in by_device.items() for batch in _batches(device, these)]
+
+
+class _Part(NamedTuple):
+    """Some of the arrays of one device: their runs and regions, and the position of each among all arrays."""
+
+    device: str
+    runs: np.ndarray
+    run_positions: np.ndarray
+    strided: list[Region]
+    strided_positions: list[int]
+
+
+def tiles(elements: Sequence[bytes]) -> np.ndarray:
+    """Return the tile of each element where elements are aligned to their itemsize.
+
+    Returns
+    -------
+    numpy.ndarray of uint64
+        Two words a row.
+    """
+    repeated = b"".join([element * (TILE // len(element)) for element in elements])
+    return np.frombuffer(repeated, np.uint64).reshape(-1, 2)
+
+
+def _plain_part(
+    found: Columns, chosen: np.ndarray, positions: np.ndarray, fill_value: Any, values: Sequence[Any] | None
+) -> _Part:
+    """Return the part of plain tensors on one device, which are a run each."""
+    dtypes = [found.dtypes[index] for index in chosen.tolist()]
+    rows = {dtype: resolve_dtype(dtype) for dtype in set(dtypes)}
+    if values is None:
+        numbers = {dtype: number for number, dtype in enumerate(rows)}
+        first = {dtype: int(positions[dtypes.index(dtype)]) for dtype in rows}
+        by_number = tiles([_encode(fill_value, row, first[dtype]) for dtype, row in rows.items()])
+        words = by_number[list(map(numbers.__getitem__, dtypes))]
+    else:
+        elements: list[bytes] = []
+        try:
+            for position, dtype in zip(positions.tolist(), dtypes, strict=True):
+                elements.append(encode(values[position], rows[dtype]))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise type(error)(f"xs[{position}]: {error}") from None
+        words = tiles(elements)
+    runs = np.zeros(len(chosen), RUN)
+    runs["address"], runs["nbytes"], runs["count"] = found.addresses[chosen], found.nbytes[chosen], 1
+    runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]
+    index = int(found.devices[chosen[0]])
+    return _Part("cpu" if index < 0 else f"cuda:{index}", runs, positions, [], [])
+
+
+def _encode(value: Any, dtype: DType, position: int) -> bytes:
+    try:
+        return encode(value, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise type(error)(f"xs[{position}]: {error}") from None
+
+
+def _other_parts(
+    arrays: Sequence[Any], positions: Sequence[int], fill_value: Any, values: Sequence[Any] | None
+) -> list[_Part]:
+    """Return the parts of arrays of any kind, looked at one by one."""
+    regions: dict[str, list[tuple[int, Region]]] = {}
+    for position in positions:
+        x = arrays[position]
+        if is_tensor(x) and not has_memory(x):
+            continue
+        try:
+            view = writable_view(x)
+        except (TypeError, ValueError, RuntimeError, BufferError) as error:
+            raise type(error)(f"xs[{position}]: {error}") from error
+        element = _encode(fill_value if values is None else values[position], view.dtype, position)
+        region = normalised(Region(view.address, view.shape, view.strides, element))
+        if 0 not in region.shape:
+            regions.setdefault(view.device, []).append((position, region))
+    parts = []
+    for device, numbered in regions.items():
+        runs: list[tuple[int, ...]] = []
+        run_positions: list[int] = []
+        strided: list[tuple[int, Region]] = []
+        for position, region in numbered:
+            run = as_run(region)
+            if run is None:
+                strided.append((position, region))
+            else:
+                runs.append(run)
+                run_positions.append(position)
+        parts.append(
+            _Part(
+                device,
+                np.array(runs, RUN),
+                np.array(run_positions, np.int64),
+                [region for _, region in strided],
+                [position for position, _ in strided],
+            )
+        )
+    return parts
+
+
+def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
+    """Return the fewest batches in which nothing intersects and the later array wins."""
+    runs = np.concatenate([part.runs for part in parts])
+    strided = [region for part in parts for region in part.strided]
+    starts = np.concatenate([runs["address"], np.array([region.address for region in strided], np.uint64)])
+    stops = np.concatenate(
+        [
+            runs["address"] + (runs["count"] - np.uint64(1)) * runs["pitch"] + runs["nbytes"],
+            np.array([_end(region) for region in strided], np.uint64),
+        ]
+    )
+    order = np.argsort(starts, kind="stable")
+    reach = np.maximum.accumulate(stops[order])
+    if not (starts[order][1:] < reach[:-1]).any():
+        return [Batch(device, runs, strided)]
+    positions = np.concatenate(
+        [part.run_positions for part in parts] + [np.array(part.strided_positions, np.int64) for part in parts]
+    )
+    turns = _turns(starts.tolist(), stops.tolist(), np.argsort(positions, kind="stable").tolist())
+    return [
+        Batch(
+            device,
+            runs[turns[: len(runs)] == turn],
+            [region for region, its in zip(strided, turns[len(runs) :].tolist(), strict=True) if its == turn],
+        )
+        for turn in range(int(turns.max()) + 1)
+    ]
+
+
+def _turns(starts: Sequence[int], stops: Sequence[int], order: Sequence[int]) -> np.ndarray:
+    """Return for each address range the batch it goes into: a new one begins where one meets an earlier one."""
+    turns = np.zeros(len(starts), np.int64)
+    turn = 0
+    taken: list[tuple[int, int]] = []  # of this turn, sorted; none intersects another
+    for index in order:
+        start, stop = starts[index], stops[index]
+        at = bisect.bisect_left(taken, (start, stop))
+        if (at and taken[at - 1][1] > start) or (at < len(taken) and taken[at][0] < stop):
+            turn += 1
+            taken = []
+            at = 0
+        taken.insert(at, (start, stop))
+        turns[index] = turn
+    return turns
+
+
+def _end(region: Region) -> int:
+    """Return the address after the last byte of a normalised region."""
+    last: int = region.address + len(region.element)
+    for length, stride in zip(region.shape, region.strides, strict=True):
+        last += (length - 1) * stride
+    return last
+
+
+def writable_view(x: Any) -> View:
+    """Look at an array that is about to be written.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        If it must not be written; the message says why and what to do.
+    """
+    if is_tensor(x):
+        check_writable(x)
+    view = view_of(x)
+    if view.read_only is not None:
+        raise ValueError(f"cannot fill {type(x).__name__}: {view.read_only}")
+    return view
