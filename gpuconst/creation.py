@@ -1,14 +1,21 @@
-"""New memory, filled: `full`, `zeros`, `ones`."""
+"""New memory, filled: `full`, `zeros`, `ones`, and `full_many` at once."""
 
 from __future__ import annotations
 
+import logging
 import math
+import time
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from .array import Array
 from .backends import select
-from .dtypes import resolve_dtype
-from .errors import OutOfMemoryError
+from .batch import tiles
+from .dtypes import DType, resolve_dtype
+from .kernels.host_memory import ALIGNMENT
+from .kernels.runs import RUN
 from .streams import stream_handle
 from .values import check_shape, default_dtype, encode
 
@@ -70,13 +77,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     element = encode(fill_value, row)
     place = select(device)
     handle = stream_handle(stream, place)
-    try:
-        carrier, address = place.module.full(dims, row.carrier, element, place.ordinal, handle)
-    except MemoryError as error:
-        nbytes = math.prod(dims) * row.itemsize
-        raise OutOfMemoryError(
-            f"{place.device} has no memory for {nbytes:,} bytes (shape {dims}, {row.name}): {error}"
-        ) from error
+    carrier, address = place.module.full(dims, row.carrier, element, place.ordinal, handle)
     return Array(carrier, address, dims, row, place, handle)
 
 

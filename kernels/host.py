@@ -66,7 +66,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
 
     Raises
     ------
-    MemoryError
+    OutOfMemoryError
         If there is no memory.
     """
     buffer, offset, address, _ = reserve(math.prod(shape) * dtype.itemsize)
@@ -89,7 +89,8 @@ def carve(
     dtypes : sequence of numpy.dtype
         Of each array.
     """
-    return list(map(np.ndarray, shapes, dtypes, itertools.repeat(carrier), offsets))
+    array: Any = np.ndarray
+    return list(map(array, shapes, dtypes, itertools.repeat(carrier), offsets))
 
 
 def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
@@ -97,7 +98,7 @@ def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: in
 
     Raises
     ------
-    MemoryError
+    OutOfMemoryError
         If there is no memory.
     """
     nbytes = math.prod(shape) * dtype.itemsize

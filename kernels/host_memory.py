@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from gpuconst.errors import OutOfMemoryError
+
 #: Every address handed out is a multiple of this. Frameworks need 64: on less, JAX copies and
 #: TensorFlow aborts.
 ALIGNMENT = 256
@@ -47,7 +49,7 @@ def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
 
     Raises
     ------
-    MemoryError
+    OutOfMemoryError
         If the system has none.
     """
     if nbytes > LARGEST_CARVED:
@@ -78,7 +80,7 @@ def _own_block(nbytes: int) -> tuple[Any, int, int, bool]:
     try:
         buffer = mmap.mmap(-1, nbytes + margin, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError) as error:
-        raise MemoryError(str(error)) from error
+        raise OutOfMemoryError(f"the host has no {nbytes:,} bytes left: {error}") from error
     start = _address(buffer)
     offset = -start % HUGE_PAGE if margin else 0
     if margin:
