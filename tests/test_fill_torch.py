@@ -310,6 +310,17 @@ def test_backward_raises_after_a_dtensor_was_filled(mesh: Any) -> None:
         result.backward()  # type: ignore[no-untyped-call]
 
 
+def test_filling_a_dtensor_counts_as_writing_its_local_part(mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    saved, result = saved_by_autograd()
+    with torch.no_grad():
+        gpuconst.fill(DTensor.from_local(saved, mesh, [Replicate()], run_check=False), 5.0)
+    assert saved.tolist() == [5, 5, 5]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()  # type: ignore[no-untyped-call]
+
+
 def test_a_dtensor_without_memory_is_left_alone(mesh: Any) -> None:
     from torch.distributed.tensor import DTensor, Replicate
 
