@@ -1,7 +1,6 @@
 """New memory on the CPU: what is in it, where it lies, how long it lives, and who else has it."""
 
 import doctest
-import gc
 import itertools
 import os
 import random
@@ -185,7 +184,6 @@ def test_a_consumer_outlives_the_array(consume: Callable[[gpuconst.Array], Any],
     start, end = interval(array)
     consumer = consume(array)
     del array
-    gc.collect()
     later = [full(nbytes // 4, 2.0) for _ in range(4 * MIB // max(nbytes, 256) + 2)]
     assert all(other.data_ptr() >= end or other.data_ptr() + other.nbytes <= start for other in later)
     assert (np.asarray(consumer) == 0.5).all()

@@ -1,7 +1,6 @@
 """The exporter: what its capsules say, who takes which, and that nobody loses memory over it."""
 
 import ctypes
-import gc
 import inspect
 import math
 import threading
@@ -355,7 +354,6 @@ def resident() -> int:
     statm = Path("/proc/self/statm")
     if not statm.exists():
         pytest.skip("only Linux tells a process its own size")
-    gc.collect()
     return int(statm.read_text().split()[1]) * 4096
 
 
@@ -389,14 +387,14 @@ def test_a_consumer_that_rejects_a_capsule_says_why_and_leaks_nothing(reject: Ca
     assert resident() - before < 64 * MIB  # and not 400
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("max_version", [None, (1, 1)])
 @pytest.mark.parametrize("copy", [None, True])
 def test_a_capsule_that_nobody_consumes(dtype: str, max_version: tuple[int, int] | None, copy: bool | None) -> None:
     before = resident()
     for _ in range(50):
-        full(8 * MIB // DTYPES[dtype].itemsize, 1, dtype=dtype).__dlpack__(max_version=max_version, copy=copy)
-    assert resident() - before < 64 * MIB  # and not 400
+        full(4 * MIB // DTYPES[dtype].itemsize, 1, dtype=dtype).__dlpack__(max_version=max_version, copy=copy)
+    assert resident() - before < 64 * MIB  # and not 200
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -139,7 +139,7 @@ def test_more_than_memory_can_ever_be(lengths: tuple[int, ...], dtype: str, sequ
 @pytest.mark.parametrize("shape", [2**63 - 1, (2**31, 2**31), (2**48,)], ids=str)
 def test_more_than_this_machine_has(shape: Any) -> None:
     nbytes = math.prod(shape) if isinstance(shape, tuple) else shape
-    with pytest.raises(gpuconst.OutOfMemoryError, match=rf"cpu has no memory for {nbytes:,} bytes .*int8"):
+    with pytest.raises(gpuconst.OutOfMemoryError, match=f"the host has no {nbytes:,} bytes left"):
         gpuconst.full(shape, 1, dtype="int8", device="cpu")
 
 
