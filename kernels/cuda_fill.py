@@ -22,18 +22,20 @@ def fill(regions: Sequence[Region], index: int, stream: int, allocate: Allocate,
     if only is not None:
         start(run_launch(*only), index, stream)
     else:
-        prepare(regions, index, stream, allocate, start)(stream)
+        prepare(*split(regions), index, stream, allocate, start)(stream)
 
 
 def prepare(
-    regions: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start
+    runs: np.ndarray, strided: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start
 ) -> Callable[[int], None]:
-    """Make regions that do not intersect ready to be filled any number of times.
+    """Make memory of one device ready to be filled any number of times.
 
     Parameters
     ----------
-    regions : sequence of Region
-        What to fill, all on one device. The caller keeps the memory alive.
+    runs : numpy.ndarray of RUN
+        Each of at least one byte; none intersects another. The caller keeps the memory alive.
+    strided : sequence of Region
+        What is no run, normalised.
     index : int
         Of the device.
     stream : int
@@ -45,7 +47,7 @@ def prepare(
     Returns
     -------
     callable
-        Fills the regions on the stream it is given. While that is being captured into a graph, it only
+        Fills the memory on the stream it is given. While that is being captured into a graph, it only
         launches; the result must then live as long as the graph.
 
     Raises
@@ -55,7 +57,6 @@ def prepare(
     RuntimeError
         If a table is needed while a graph is being captured.
     """
-    runs, strided = split(regions)
     launches: list[Launch] = []
     memory = None
     if len(runs) == 1 and runs["count"][0] == 1:

@@ -16,6 +16,7 @@ from .runs import BLOCK, CHUNK, LANES, RUN, THREADS, TILE, Launch, Region, run_l
 
 __all__ = [
     "allocate",
+    "carve",
     "compile_kernels",
     "compile_ptx",
     "copy",
@@ -97,6 +98,30 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     return array, array.data.ptr
 
 
+def carve(
+    carrier: Any, offsets: Sequence[int], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]
+) -> list[Any]:
+    """Return arrays within an array of bytes, which each of them keeps alive.
+
+    Parameters
+    ----------
+    carrier : cupy.ndarray
+        Of bytes, from `allocate`.
+    offsets : sequence of int
+        Of each array, in bytes.
+    shapes : sequence of tuple of int
+        Of each array.
+    dtypes : sequence of numpy.dtype
+        Of each array.
+    """
+    import cupy
+
+    return [
+        cupy.ndarray(shape, dtype, carrier.data + offset)
+        for offset, shape, dtype in zip(offsets, shapes, dtypes, strict=True)
+    ]
+
+
 def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
     """Return what `allocate` does, filled with `element` in stream order.
 
@@ -133,9 +158,9 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
     cuda_fill.fill(regions, index, stream, allocate, _launch)
 
 
-def prepare(regions: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-    """Make regions ready to be filled any number of times; see `cuda_fill.prepare`."""
-    return cuda_fill.prepare(regions, index, stream, allocate, _launch)
+def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
+    """Make memory ready to be filled any number of times; see `cuda_fill.prepare`."""
+    return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
 
 
 def _launch(launch: Launch, index: int, stream: int) -> None:

@@ -22,6 +22,7 @@ from .runs import THREADS, Launch, Region, run_launch, tile
 
 __all__ = [
     "allocate",
+    "carve",
     "compile_kernels",
     "compile_ptx",
     "copy",
@@ -115,6 +116,33 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
         return StridedMemoryView.from_buffer(buffer, shape, dtype=dtype), int(buffer.handle)
 
 
+def carve(
+    carrier: Any, offsets: Sequence[int], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]
+) -> list[Any]:
+    """Return views within a view of bytes, whose memory each of them keeps alive.
+
+    Parameters
+    ----------
+    carrier : cuda.core.utils.StridedMemoryView
+        Of bytes, from `allocate`.
+    offsets : sequence of int
+        Of each view, in bytes.
+    shapes : sequence of tuple of int
+        Of each view.
+    dtypes : sequence of numpy.dtype
+        Of each view.
+    """
+    from cuda.core import Buffer
+    from cuda.core.utils import StridedMemoryView
+
+    views = []
+    for offset, shape, dtype in zip(offsets, shapes, dtypes, strict=True):
+        nbytes = math.prod(shape) * dtype.itemsize
+        part = Buffer.from_handle(carrier.ptr + offset, nbytes, owner=carrier)
+        views.append(StridedMemoryView.from_buffer(part, shape, dtype=dtype))
+    return views
+
+
 def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
     """Return what `allocate` does, filled with `element` in stream order.
 
@@ -152,9 +180,9 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
     cuda_fill.fill(regions, index, stream, allocate, _launch)
 
 
-def prepare(regions: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-    """Make regions ready to be filled any number of times; see `cuda_fill.prepare`."""
-    return cuda_fill.prepare(regions, index, stream, allocate, _launch)
+def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
+    """Make memory ready to be filled any number of times; see `cuda_fill.prepare`."""
+    return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
 
 
 def _launch(launch: Launch, index: int, stream: int) -> None:
