@@ -133,9 +133,10 @@ def test_a_view_can_be_changed_without_changing_the_array() -> None:
 # Who else has it: nobody
 
 
-@given(st.lists(st.sampled_from([0, 1, 100, 256, 4096, 100 * KIB, MIB, MIB + 1]), min_size=2, max_size=40))
-def test_no_two_live_arrays_share_memory(sizes: list[int]) -> None:
+@given(st.lists(st.sampled_from([0, 1, 100, 256, 257, 4096, 100 * KIB, MIB, MIB + 1]), min_size=2, max_size=40))
+def test_live_arrays_are_aligned_and_no_two_share_memory(sizes: list[int]) -> None:
     arrays = [full(nbytes, 1, dtype="uint8") for nbytes in sizes]
+    assert not any(array.data_ptr() % 256 for array in arrays)
     assert_disjoint(arrays)
     assert not gpuconst.shares_memory(arrays[0], arrays[1])
     assert gpuconst.shares_memory(arrays[-1], arrays[-1].to_numpy()) == bool(sizes[-1])
