@@ -107,7 +107,7 @@ def test_reading_notices_local_memory_narrow_and_generic_stores() -> None:
       unsigned spilled[64];
       for (int i = 0; i < n; ++i) spilled[i] = x[i] * n;
       for (int i = 0; i < n; ++i) x[i] = spilled[n - i];
-      *reinterpret_cast<unsigned*>(address) = 1;
+      *reinterpret_cast<unsigned*>(address + n * 4ull) = 1;
     }"""
     options = ("-arch=sm_90", "--device-as-default-execution-space")
     cubin, _ = compiler._NVRTCProgram(source, "bad.cu", method="cubin").compile(options)
