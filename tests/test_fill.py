@@ -18,6 +18,7 @@ import tvm_ffi
 from gpuconst.kernels import host
 from hypothesis import example, given
 from hypothesis import strategies as st
+from lying_capsules import DLPackOnly
 
 import gpuconst
 from gpuconst.dtypes import DTYPES
@@ -66,20 +67,6 @@ FLIPPED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "flipped in one dimension": lambda a: a[::-1],
     "flipped and transposed": lambda a: a[::2, ::-1].T,
 }
-
-
-class DLPackOnly:
-    """Forwards the two methods of DLPack and has nothing else."""
-
-    def __init__(self, array: Any) -> None:
-        self.array = array
-
-    def __dlpack__(self, **arguments: Any) -> Any:
-        return self.array.__dlpack__(**arguments)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        device: tuple[int, int] = self.array.__dlpack_device__()
-        return device
 
 
 class LegacyDLPackOnly(DLPackOnly):
