@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -37,19 +37,22 @@ class Array:
         The library that filled it: ``"numpy"``, ``"cupy"`` or ``"numba"``.
     """
 
-    __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_place", "_stream", "shape")
-
-    shape: tuple[int, ...]
+    __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_place", "_shape", "_stream")
 
     def __init__(
         self, carrier: Any, address: int, shape: tuple[int, ...], dtype: DType, place: Place, stream: int
     ) -> None:
         self._carrier = carrier
         self._address = address
-        self.shape = shape
+        self._shape = shape
         self._dtype = dtype
         self._place = place
         self._stream = stream
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each dimension."""
+        return self._shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -98,6 +101,9 @@ class Array:
             f"gpuconst.Array(shape={self.shape}, dtype={self._dtype.name}, device={self.device!r}, "
             f"backend={self.backend!r})"
         )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} cannot be copied or pickled; pickle to_numpy(), or fill anew")
 
     def __len__(self) -> int:
         if not self.shape:

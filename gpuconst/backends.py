@@ -7,12 +7,14 @@ import importlib.util
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
 from .errors import DeviceUnavailableError
+from .kernels import cuda_driver
 from .kernels.runs import Region
 
 __all__ = ["BACKENDS", "Backend", "Place", "candidates", "select"]
@@ -101,9 +103,9 @@ if hasattr(os, "register_at_fork"):
 def select(device: Any = None) -> Place:
     """Choose the backend for a device.
 
-    ``None`` takes a GPU where there is a usable one and the CPU otherwise, and logs why; a device
-    that is named is used or refused. ``GPUCONST_BACKEND`` names the backend to use for what it can
-    serve; it is read when a device is first chosen.
+    ``None`` takes a GPU where there is a usable one and the CPU otherwise, and logs why, with a warning
+    where a GPU was to be expected; a device that is named is used or refused. ``GPUCONST_BACKEND`` names
+    the backend to use for what it can serve; it is read when a device is first chosen.
 
     Parameters
     ----------
@@ -121,15 +123,23 @@ def select(device: Any = None) -> Place:
     DeviceUnavailableError
         If it was asked for by name and cannot be used.
     """
+    if device is not None and type(device) is not str:
+        device = str(device)
     place = _places.get(device)
     if place is None:
-        place = _select(device)
-        if device != "cuda" and (device is not None or place.device == "cpu"):
-            _places[device] = place  # the current GPU can change: never remembered
+        place = _places[device] = _select(device)
+    elif place.ordinal != (ordinal := _meant(device, place)):
+        return select(f"cuda:{ordinal}")
     return place
 
 
-def _select(device: Any) -> Place:
+def _meant(device: str | None, place: Place) -> int:
+    """Return the ordinal that a device means now: which GPU is the thread's current one can change."""
+    follows = place.device != "cpu" and (device is None or device == "cuda")
+    return place.module.current_index() if follows else place.ordinal
+
+
+def _select(device: str | None) -> Place:
     forced = os.environ.get(VARIABLE) or None
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"{VARIABLE}={forced!r} names no backend; there are {', '.join(map(repr, BACKENDS))}")
@@ -149,7 +159,7 @@ def _select(device: Any) -> Place:
                 return _found(name, kind, position, module, reasons)
             reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    asked = f"device {str(device)!r}" if device is not None else f"{VARIABLE}={forced}"
+    asked = f"device {device!r}" if device is not None else f"{VARIABLE}={forced}"
     way_out = "; device='cpu' works everywhere" if device is not None else f"; unset {VARIABLE} to choose among all"
     raise DeviceUnavailableError(f"{asked} cannot be used: {listed}{way_out}")
 
@@ -165,14 +175,22 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"gpuconst.kernels.{_MODULES[name]}"))
 
 
-def _parse(device: Any) -> tuple[str, int | None]:
-    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", str(device))
+def _parse(device: str) -> tuple[str, int | None]:
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
     if found is None or found[0].startswith("cpu:") and found[2] != "0":
-        raise ValueError(f"unknown device {str(device)!r}; devices are 'cpu', 'cuda' and 'cuda:N'")
+        raise ValueError(f"unknown device {device!r}; devices are 'cpu', 'cuda' and 'cuda:N'")
     return found[1], (int(found[2]) if found[2] else None)
 
 
 def _found(name: str, kind: str, index: int, module: Backend, passed_over: dict[str, str]) -> Place:
     for other, reason in passed_over.items():
         _log.debug("backend %s passed over: %s", other, reason)
+    if kind == "cpu" and passed_over and cuda_driver.is_expected():
+        listed = "; ".join(f"{other}: {reason}" for other, reason in passed_over.items())
+        warnings.warn(
+            f"gpuconst fills on the CPU, although there is an NVIDIA driver: {listed}; "
+            "device='cpu' says that this is meant",
+            RuntimeWarning,
+            stacklevel=5,
+        )
     return Place(name, "cpu" if kind == "cpu" else f"cuda:{index}", index, module)

@@ -120,14 +120,18 @@ def resolve_dtype(dtype: Any) -> DType:
 
 def _resolve_foreign(dtype: Any) -> DType:
     torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
-    found: Any = dtype
+    name = None
     if torch is not None and isinstance(dtype, torch.dtype):
-        found = str(dtype).removeprefix("torch.")
+        name = str(dtype).removeprefix("torch.")
     elif tensorflow is not None and isinstance(dtype, tensorflow.DType):
-        found = dtype.name
-    elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
+        name = dtype.name
+    if name in DTYPES:
+        _ALIASES[dtype] = DTYPES[name]  # there are few of these objects, and each is asked for often
+        return DTYPES[name]
+    found: Any = dtype if name is None else name
+    if not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
         found = dtype.dtype  # jax.numpy.float32 and its like
-    if found is not None and not (isinstance(found, str) and found in DTYPES):
+    if found is not None:
         with contextlib.suppress(TypeError):
             found = np.dtype(found)
     if isinstance(found, np.dtype) and not found.isnative and found.newbyteorder("=") in _ALIASES:

@@ -72,7 +72,7 @@ def to_cupy(array: Exporter, dtype: DType) -> Any:
         )
     cupy = _import("cupy", "cuda12' or 'gpuconst[cuda13")
     if dtype.name.startswith("float8"):
-        raise TypeError(f"CuPy has no dtype {dtype.name}; fill with 'uint8' and the raw bits, or use to_torch()")
+        raise TypeError(f"CuPy has no dtype {dtype.name}; fill with 'uint8' and the raw bits, or use to_jax()")
     shared = cupy.from_dlpack(array)
     _check_shared(array, shared.data.ptr, "CuPy")
     return shared

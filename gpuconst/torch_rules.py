@@ -6,6 +6,7 @@ the overwritten values, where `torch.Tensor.fill_` raises.
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from collections.abc import Callable, Sequence
@@ -44,13 +45,25 @@ def tensor_positions(arrays: Sequence[Any]) -> Sequence[int]:
 
 def has_memory(tensor: Any) -> bool:
     """Whether there is anything to write: meta and fake tensors only have a shape."""
+    if type(tensor) in _plain_types():
+        return not tensor.is_meta
     tensor = local_part(tensor)
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return not (tensor.is_meta or (fake is not None and isinstance(tensor, fake.FakeTensor)))
 
 
+@functools.cache
+def _plain_types() -> frozenset[type]:
+    """Return the types of which an object's memory is its own; asked only where there are tensors."""
+    import torch
+
+    return frozenset({torch.Tensor, torch.nn.Parameter})
+
+
 def local_part(tensor: Any) -> Any:
     """Return the plain tensor that holds this process's part of a DTensor, other tensors as they are."""
+    if type(tensor) in _plain_types():
+        return tensor
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(tensor, distributed.DTensor):
         return tensor._local_tensor  # to_local() would put it on autograd's tape
@@ -87,11 +100,12 @@ def check_writable(tensor: Any) -> None:
         raise RuntimeError("the tensor was made in inference mode; fill it there, or fill a clone()")
     if tensor.layout is not torch.strided:
         raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; fill its values()")
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if type(tensor) not in _plain_types() and type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; fill those")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError("the tensor is being transformed (vmap, grad) and has no memory; use torch.full_like")
-    if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+    in_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if in_forward_mode and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError("the tensor has a forward-mode tangent, which a raw write would not zero; use x.fill_()")
     if tensor.is_neg() or tensor.is_conj():
         raise ValueError("the tensor is a lazy negative or conjugate view; fill x.resolve_neg().resolve_conj()")
@@ -141,7 +155,7 @@ def columns(tensors: Sequence[Any]) -> Columns:
         return np.fromiter(map(fact, tensors), dtype, count)
 
     kinds = set(map(type, tensors))
-    ordinary = kinds <= {torch.Tensor, torch.nn.Parameter} and torch.autograd.forward_ad._current_level < 0
+    ordinary = kinds <= _plain_types() and torch.autograd.forward_ad._current_level < 0
     if ordinary:
         try:
             addresses = read(tensor_type.data_ptr, np.uint64)
@@ -180,7 +194,6 @@ def mark_written(tensors: Sequence[Any]) -> None:
     """
     import torch
 
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and distributed.DTensor in set(map(type, tensors)):
+    if not _plain_types().issuperset(map(type, tensors)):
         tensors = [*tensors, *map(local_part, tensors)]
     torch.autograd.graph.increment_version(tensors)

@@ -239,8 +239,9 @@ def _encode_integer(number: int | float | complex, dtype: DType) -> bytes:
         if not math.isfinite(number):
             raise OverflowError(f"{number!r} does not fit {dtype.name}; pass a finite value or a floating dtype")
         if not number.is_integer():
+            way_out = "bool(x)" if dtype.name == "bool" else "round(x)"
             raise TypeError(
-                f"{number!r} has a fraction, {dtype.name} holds whole numbers; pass round(x) or a floating dtype"
+                f"{number!r} has a fraction, {dtype.name} holds whole numbers; pass {way_out} or a floating dtype"
             )
     number = int(number)
     if not low <= number <= high:

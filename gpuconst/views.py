@@ -34,10 +34,9 @@ class View(NamedTuple):
     ----------
     address : int
         Of the element at index (0, 0, …).
-    shape : tuple of int
-        Elements along each dimension.
-    strides : tuple of int
-        Bytes from one element to the next along each dimension.
+    shape, strides : tuple of int
+        Elements along each dimension, and bytes from one to the next. They describe the memory, not the
+        array: what is contiguous may have fewer dimensions here.
     dtype : DType
         Of the elements.
     device : str
@@ -198,17 +197,20 @@ def _read_torch(x: Any) -> View:
         raise TypeError(f"the tensor has no memory of its own ({error})") from None
     dtype = resolve_dtype(tensor.dtype)
     itemsize = dtype.itemsize
-    shape, strides = tuple(tensor.shape), tuple([stride * itemsize for stride in tensor.stride()])
+    if tensor.is_contiguous():  # one dimension says as much, and is quicker to say
+        shape, strides = (tensor.numel(),), (1,)
+    else:
+        shape, strides = tuple(tensor.shape), tensor.stride()
     device, stream = "cpu", 0
     if tensor.is_cuda:
         import torch
 
         device, stream = f"cuda:{tensor.get_device()}", torch.cuda.current_stream(tensor.device).cuda_stream
-    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(shape, tensor.stride(), strict=True)) + 1
+    last = tensor.storage_offset() + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)]) + 1
     stored = tensor.untyped_storage().nbytes()
-    if tensor.numel() and last * itemsize > stored:
+    if last * itemsize > stored and tensor.numel():
         raise ValueError(f"the tensor's storage was resized to {stored} bytes, it needs {last * itemsize}")
-    return View(address, shape, strides, dtype, device, x, None, stream)
+    return View(address, shape, tuple([s * itemsize for s in strides]), dtype, device, x, None, stream)
 
 
 def _read_jax(x: Any) -> View:
@@ -331,8 +333,13 @@ def _check(view: View) -> View:
         raise ValueError(f"the array says it has shape {shape}: a dimension is negative")
     if 0 in shape:
         return view
-    low = address + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s < 0)
-    high = address + sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if s > 0) + dtype.itemsize
+    low = high = address
+    for length, stride in zip(shape, strides, strict=True):
+        if stride < 0:
+            low += (length - 1) * stride
+        else:
+            high += (length - 1) * stride
+    high += dtype.itemsize
     if not address:
         raise ValueError(
             f"the array has shape {shape} but its address is null: its memory was freed, or it never had any"

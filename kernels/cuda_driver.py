@@ -126,6 +126,17 @@ def why_not(index: int) -> str | None:
     return None
 
 
+def is_expected() -> bool:
+    """Whether a GPU should be usable here, as far as can be told without a call of the driver."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        _library()
+    except OSError:
+        return False
+    return driver.cache_info().currsize == 0 or driver().why_not != _explain(_NO_DEVICE)
+
+
 def current_index() -> int:
     """Return the index of the calling thread's current device, 0 where it has none yet."""
     if driver().why_not:

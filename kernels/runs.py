@@ -79,6 +79,8 @@ def normalised(region: Region) -> Region:
     dimension of length 0.
     """
     address, shape, strides, element = region
+    if len(shape) == 1 and strides[0] == len(element) and shape[0] > 1:
+        return region
     if 0 in shape:
         return Region(address, (0,), (len(element),), element)
     dims: list[tuple[int, int]] = []
