@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,11 +29,14 @@ class Batch(NamedTuple):
         None of which intersects another, or anything strided.
     strided : list of Region
         What is no run.
+    owners : list
+        Keep the memory alive where the arrays alone do not: an exported buffer can be all that does.
     """
 
     device: str
     runs: np.ndarray
     strided: list[Region]
+    owners: list[Any]
 
     @property
     def nbytes(self) -> int:
@@ -60,14 +64,14 @@ def each_with_value(xs: Iterable[Any], fill_values: Any) -> tuple[list[Any], lis
     ValueError
         If the lengths differ, or an iterator has nothing left to give.
     """
-    if is_tensor(xs) or isinstance(xs, np.ndarray) or not isinstance(xs, Iterable):
+    if hasattr(xs, "__dlpack__") or isinstance(xs, bytearray | memoryview) or not isinstance(xs, Iterable):
         raise TypeError(f"xs is {type(xs).__name__}, expected several arrays; for one array use gpuconst.fill")
     arrays = list(xs)
     if not arrays and isinstance(xs, Iterator):
         raise ValueError("the iterator xs gave no arrays; if it was used before, pass list(...) of it instead")
-    if isinstance(fill_values, str | bytes | np.generic) or not isinstance(fill_values, Iterable):
+    if isinstance(fill_values, str | bytes | bytearray) or not isinstance(fill_values, Iterable):
         return arrays, None
-    if isinstance(fill_values, np.ndarray) and fill_values.ndim == 0:
+    if getattr(fill_values, "ndim", None) == 0:
         return arrays, None
     values = list(fill_values)
     if len(values) != len(arrays):
@@ -100,18 +104,17 @@ def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None
         As for `fill`, with the index of the array in the message.
     """
     parts: list[_Part] = []
-    rest: Sequence[int] = range(len(arrays))
+    rest = np.ones(len(arrays), np.bool_)
     tensors = tensor_positions(arrays)
     if tensors:
         found = columns([arrays[index] for index in tensors] if len(tensors) < len(arrays) else arrays)
         plain = np.flatnonzero(found.plain)
-        positions = np.array(tensors)[plain]
+        positions = np.fromiter(tensors, np.int64, len(tensors))[plain]
         for device in np.unique(found.devices[plain]).tolist():
             chosen = found.devices[plain] == device
             parts.append(_plain_part(found, plain[chosen], positions[chosen], fill_values, values))
-        done = set(positions.tolist())
-        rest = [index for index in rest if index not in done]
-    parts += _other_parts(arrays, rest, fill_values, values)
+        rest[positions] = False
+    parts += _other_parts(arrays, np.flatnonzero(rest).tolist(), fill_values, values)
     by_device: dict[str, list[_Part]] = {}
     for part in parts:
         by_device.setdefault(part.device, []).append(part)
@@ -126,6 +129,7 @@ class _Part(NamedTuple):
     run_positions: np.ndarray
     strided: list[Region]
     strided_positions: list[int]
+    owners: list[Any]
 
 
 def tiles(elements: Sequence[bytes]) -> np.ndarray:
@@ -145,79 +149,68 @@ def _plain_part(
 ) -> _Part:
     """Return the part of plain tensors on one device, which are a run each."""
     dtypes = [found.dtypes[index] for index in chosen.tolist()]
-    rows = {dtype: resolve_dtype(dtype) for dtype in set(dtypes)}
-    if values is None:
-        numbers = {dtype: number for number, dtype in enumerate(rows)}
-        first = {dtype: int(positions[dtypes.index(dtype)]) for dtype in rows}
-        by_number = tiles([_encode(fill_value, row, first[dtype]) for dtype, row in rows.items()])
-        words = by_number[list(map(numbers.__getitem__, dtypes))]
-    else:
-        elements: list[bytes] = []
-        try:
+    rows: dict[Any, DType] = {}
+    elements: list[bytes] = []
+    position = 0
+    try:
+        for dtype in dict.fromkeys(dtypes):
+            position = int(positions[dtypes.index(dtype)])
+            rows[dtype] = resolve_dtype(dtype)
+            if values is None:
+                elements.append(encode(fill_value, rows[dtype]))
+        if values is not None:
             for position, dtype in zip(positions.tolist(), dtypes, strict=True):
                 elements.append(encode(values[position], rows[dtype]))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise type(error)(f"xs[{position}]: {error}") from None
-        words = tiles(elements)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise type(error)(f"xs[{position}]: {error}") from None
+    words = tiles(elements)
+    if values is None:
+        numbers = {dtype: number for number, dtype in enumerate(rows)}
+        words = words[np.fromiter(map(numbers.__getitem__, dtypes), np.int64, len(dtypes))]
     runs = np.zeros(len(chosen), RUN)
     runs["address"], runs["nbytes"], runs["count"] = found.addresses[chosen], found.nbytes[chosen], 1
     runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]
     index = int(found.devices[chosen[0]])
-    return _Part("cpu" if index < 0 else f"cuda:{index}", runs, positions, [], [])
-
-
-def _encode(value: Any, dtype: DType, position: int) -> bytes:
-    try:
-        return encode(value, dtype)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise type(error)(f"xs[{position}]: {error}") from None
+    return _Part("cpu" if index < 0 else f"cuda:{index}", runs, positions, [], [], [])
 
 
 def _other_parts(
     arrays: Sequence[Any], positions: Sequence[int], fill_value: Any, values: Sequence[Any] | None
 ) -> list[_Part]:
     """Return the parts of arrays of any kind, looked at one by one."""
-    regions: dict[str, list[tuple[int, Region]]] = {}
+    found: dict[str, tuple[list[tuple[int, ...]], list[int], list[Region], list[int], list[Any]]] = {}
     for position in positions:
         x = arrays[position]
         if is_tensor(x) and not has_memory(x):
             continue
         try:
             view = writable_view(x)
-        except (TypeError, ValueError, RuntimeError, BufferError) as error:
+            element = encode(fill_value if values is None else values[position], view.dtype)
+        except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
             raise type(error)(f"xs[{position}]: {error}") from error
-        element = _encode(fill_value if values is None else values[position], view.dtype, position)
         region = normalised(Region(view.address, view.shape, view.strides, element))
-        if 0 not in region.shape:
-            regions.setdefault(view.device, []).append((position, region))
-    parts = []
-    for device, numbered in regions.items():
-        runs: list[tuple[int, ...]] = []
-        run_positions: list[int] = []
-        strided: list[tuple[int, Region]] = []
-        for position, region in numbered:
-            run = as_run(region)
-            if run is None:
-                strided.append((position, region))
-            else:
-                runs.append(run)
-                run_positions.append(position)
-        parts.append(
-            _Part(
-                device,
-                np.array(runs, RUN),
-                np.array(run_positions, np.int64),
-                [region for _, region in strided],
-                [position for position, _ in strided],
-            )
-        )
-    return parts
+        if 0 in region.shape:
+            continue
+        runs, run_positions, strided, strided_positions, owners = found.setdefault(view.device, ([], [], [], [], []))
+        owners.append(view.owner)
+        run = as_run(region)
+        if run is None:
+            strided.append(region)
+            strided_positions.append(position)
+        else:
+            runs.append(run)
+            run_positions.append(position)
+    return [
+        _Part(device, np.array(runs, RUN), np.array(run_positions, np.int64), strided, strided_positions, owners)
+        for device, (runs, run_positions, strided, strided_positions, owners) in found.items()
+    ]
 
 
 def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
     """Return the fewest batches in which nothing intersects and the later array wins."""
     runs = np.concatenate([part.runs for part in parts])
     strided = [region for part in parts for region in part.strided]
+    owners = [owner for part in parts for owner in part.owners]
     starts = np.concatenate([runs["address"], np.array([region.address for region in strided], np.uint64)])
     stops = np.concatenate(
         [
@@ -227,36 +220,44 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
     )
     order = np.argsort(starts, kind="stable")
     reach = np.maximum.accumulate(stops[order])
-    if not (starts[order][1:] < reach[:-1]).any():
-        return [Batch(device, runs, strided)]
+    apart = np.append(True, starts[order][1:] >= reach[:-1])  # from all that begins at lower addresses
+    if apart.all():
+        return [Batch(device, runs, strided, owners)]
     positions = np.concatenate(
         [part.run_positions for part in parts] + [np.array(part.strided_positions, np.int64) for part in parts]
     )
-    turns = _turns(starts.tolist(), stops.tolist(), np.argsort(positions, kind="stable").tolist())
+    groups = np.empty(len(starts), np.int64)
+    groups[order] = np.cumsum(apart)
+    order = np.lexsort((positions, groups))
+    lows, highs = starts[order].tolist(), stops[order].tolist()
+    turns = np.empty(len(starts), np.int64)
+    turns[order] = [
+        turn
+        for first, last in itertools.pairwise([*np.flatnonzero(apart).tolist(), len(order)])
+        for turn in _turns(lows[first:last], highs[first:last])
+    ]
     return [
         Batch(
             device,
             runs[turns[: len(runs)] == turn],
             [region for region, its in zip(strided, turns[len(runs) :].tolist(), strict=True) if its == turn],
+            owners,
         )
         for turn in range(int(turns.max()) + 1)
     ]
 
 
-def _turns(starts: Sequence[int], stops: Sequence[int], order: Sequence[int]) -> np.ndarray:
-    """Return for each address range the batch it goes into: a new one begins where one meets an earlier one."""
-    turns = np.zeros(len(starts), np.int64)
-    turn = 0
-    taken: list[tuple[int, int]] = []  # of this turn, sorted; none intersects another
-    for index in order:
-        start, stop = starts[index], stops[index]
-        at = bisect.bisect_left(taken, (start, stop))
-        if (at and taken[at - 1][1] > start) or (at < len(taken) and taken[at][0] < stop):
-            turn += 1
-            taken = []
-            at = 0
-        taken.insert(at, (start, stop))
-        turns[index] = turn
+def _turns(starts: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """Return for each address range the batch it goes into: the one after those of earlier ranges that it meets."""
+    turns = []
+    # How many batches have reached each address so far: latest[k] of them from edges[k] to the next edge.
+    edges, latest = [0], [0]
+    for start, stop in zip(starts, stops, strict=True):
+        first, last = bisect.bisect_right(edges, start) - 1, bisect.bisect_left(edges, stop)
+        turn = max(latest[first:last])
+        turns.append(turn)
+        edges[first:last] = [edges[first], start, stop]
+        latest[first:last] = [latest[first], turn + 1, latest[last - 1]]
     return turns
 
 

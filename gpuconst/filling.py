@@ -12,7 +12,7 @@ from .backends import Place, select
 from .batch import Batch, each_with_value, gather, writable_view
 from .kernels.runs import Region
 from .streams import current_streams, stream_handle
-from .torch_rules import has_memory, is_tensor, mark_written, tensor_positions
+from .torch_rules import check_writable, has_memory, is_tensor, mark_written, restricted, tensor_positions
 from .values import encode
 from .views import extents
 
@@ -99,17 +99,9 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
         as many values as arrays.
     """
     start = time.perf_counter()
-    arrays, values = each_with_value(xs, fill_values)
-    batches = gather(arrays, fill_values, values)
-    steps = [_Step(select(batch.device), batch, arrays) for batch in batches]
-    _check_stream(stream, steps)
-    for step in steps:
-        step.prepare(stream)
-    # All are prepared, table and memory included, before the first is filled.
-    for step in steps:
-        step.fill(stream)
-    mark_written(_tensors(arrays))
-    _log_filled(arrays, steps, start)
+    arrays, steps = _prepared(xs, fill_values, stream)
+    _fill(steps, stream, _tensors(arrays))
+    _log_done("filled", arrays, steps, start)
 
 
 def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
@@ -152,26 +144,17 @@ class FillPlan:
     plan if it names any; filling through a stale plan writes into memory that is no longer the array's.
     """
 
-    __slots__ = ("_arrays", "_places", "_steps", "_tensors")
+    __slots__ = ("_arrays", "_extents", "_restricted", "_steps", "_tensors")
 
     def __init__(self, xs: Iterable[Any], fill_values: Any) -> None:
         start = time.perf_counter()
-        self._arrays, values = each_with_value(xs, fill_values)
-        batches = gather(self._arrays, fill_values, values)
-        self._steps = [_Step(select(batch.device), batch, self._arrays) for batch in batches]
+        self._arrays, self._steps = _prepared(xs, fill_values, None)
         for step in self._steps:
-            step.prepare(None)
             step.place.module.synchronize(step.place.ordinal, 0)  # any later stream finds the table there
         self._tensors = _tensors(self._arrays)
-        self._places = extents(self._arrays)
-        nbytes = sum(batch.nbytes for batch in batches)
-        _log.debug(
-            "planned to fill %d arrays, %d bytes, in %d batches; took %.6f s",
-            len(self._arrays),
-            nbytes,
-            len(batches),
-            time.perf_counter() - start,
-        )
+        self._restricted = restricted(self._tensors)
+        self._extents = extents(self._arrays)
+        _log_done("planned to fill", self._arrays, self._steps, start)
 
     def fill(self, stream: Any = None) -> None:
         """Fill the arrays.
@@ -187,14 +170,15 @@ class FillPlan:
         ValueError
             If a stream is given and all arrays are on the CPU, or it is a stream of another device.
         RuntimeError
-            If autograd is recording and an array requires grad.
+            If autograd is recording and an array required grad when the plan was made, or one is an
+            inference tensor and this is not inference mode.
         """
         start = time.perf_counter()
+        for tensor in self._restricted:
+            check_writable(tensor)
         _check_stream(stream, self._steps)
-        for step in self._steps:
-            step.fill(stream)
-        mark_written(self._tensors)
-        _log_filled(self._arrays, self._steps, start)
+        _fill(self._steps, stream, self._tensors)
+        _log_done("filled", self._arrays, self._steps, start)
 
     def stale(self) -> list[int]:
         """Return the indices of the arrays whose memory is not where it was when the plan was made.
@@ -205,7 +189,7 @@ class FillPlan:
             Empty as long as the plan may be used.
         """
         here = extents(self._arrays)
-        return [index for index, (then, now) in enumerate(zip(self._places, here, strict=True)) if then != now]
+        return [index for index, (then, now) in enumerate(zip(self._extents, here, strict=True)) if then != now]
 
     def __repr__(self) -> str:
         devices = ", ".join(dict.fromkeys(step.place.device for step in self._steps))
@@ -215,11 +199,12 @@ class FillPlan:
 class _Step:
     """One launch: a batch, the place that fills it, and whose streams it has to respect."""
 
-    __slots__ = ("_batch", "_kinds", "_ours", "_run", "place")
+    __slots__ = ("_batch", "_kinds", "_ours", "_run", "nbytes", "place")
 
     def __init__(self, place: Place, batch: Batch, arrays: Sequence[Any]) -> None:
         self.place = place
         self._batch = batch
+        self.nbytes = batch.nbytes
         self._run: Callable[[int], None] | None = None
         on_gpu = place.device != "cpu"
         self._ours = [x for x in arrays if isinstance(x, Array) and x.device == place.device] if on_gpu else []
@@ -255,8 +240,25 @@ class _Step:
         return (handles[0], handles[1:]) if handles else (0, [])
 
 
+def _prepared(xs: Iterable[Any], fill_values: Any, stream: Any) -> tuple[list[Any], list[_Step]]:
+    """Check everything and prepare every step, table and memory included, so that none is filled if one cannot be."""
+    arrays, values = each_with_value(xs, fill_values)
+    steps = [_Step(select(batch.device), batch, arrays) for batch in gather(arrays, fill_values, values)]
+    _check_stream(stream, steps)
+    for step in steps:
+        step.prepare(stream)
+    return arrays, steps
+
+
+def _fill(steps: Sequence[_Step], stream: Any, tensors: Sequence[Any]) -> None:
+    for step in steps:
+        step.fill(stream)
+    if tensors:
+        mark_written(tensors)
+
+
 def _check_stream(stream: Any, steps: Sequence[_Step]) -> None:
-    if stream is not None and all(step.place.device == "cpu" for step in steps):
+    if stream is not None and steps and all(step.place.device == "cpu" for step in steps):
         raise ValueError(f"stream={stream!r} was given, but all arrays are on the CPU, which has none; drop it")
 
 
@@ -266,5 +268,12 @@ def _tensors(arrays: Sequence[Any]) -> list[Any]:
     return list(arrays) if len(positions) == len(arrays) else [arrays[position] for position in positions]
 
 
-def _log_filled(arrays: Sequence[Any], steps: Sequence[_Step], start: float) -> None:
-    _log.debug("filled %d arrays in %d batches; took %.6f s", len(arrays), len(steps), time.perf_counter() - start)
+def _log_done(what: str, arrays: Sequence[Any], steps: Sequence[_Step], start: float) -> None:
+    _log.debug(
+        "%s %d arrays, %d bytes, in %d batches; took %.6f s",
+        what,
+        len(arrays),
+        sum(step.nbytes for step in steps),
+        len(steps),
+        time.perf_counter() - start,
+    )

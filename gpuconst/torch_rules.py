@@ -22,6 +22,7 @@ __all__ = [
     "is_tensor",
     "local_part",
     "mark_written",
+    "restricted",
     "tensor_positions",
 ]
 
@@ -55,7 +56,7 @@ def has_memory(tensor: Any) -> bool:
 @functools.cache
 def _plain_types() -> frozenset[type]:
     """Return the types of which an object's memory is its own; asked only where there are tensors."""
-    import torch
+    torch = sys.modules["torch"]  # imported by whoever made a tensor; looking it up is all that costs
 
     return frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -88,7 +89,7 @@ def check_writable(tensor: Any) -> None:
     TypeError
         If it is no dense tensor, or of a subclass that keeps its data elsewhere.
     """
-    import torch
+    torch = sys.modules["torch"]
 
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
@@ -105,10 +106,25 @@ def check_writable(tensor: Any) -> None:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError("the tensor is being transformed (vmap, grad) and has no memory; use torch.full_like")
     in_forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if in_forward_mode and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+    if in_forward_mode and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError("the tensor has a forward-mode tangent, which a raw write would not zero; use x.fill_()")
     if tensor.is_neg() or tensor.is_conj():
         raise ValueError("the tensor is a lazy negative or conjugate view; fill x.resolve_neg().resolve_conj()")
+
+
+def restricted(tensors: Sequence[Any]) -> list[Any]:
+    """Return a tensor that `check_writable` refuses while autograd is recording, and one outside of inference mode.
+
+    They stand for all others of their kind, where asking each would cost more than filling it.
+
+    Parameters
+    ----------
+    tensors : sequence of torch.Tensor
+        Of which none may be of either kind.
+    """
+    leaf = next((x for x in tensors if x.requires_grad and has_memory(x)), None)
+    inference = next((x for x in tensors if x.is_inference() and has_memory(x)), None)
+    return [x for x in (leaf, inference) if x is not None]
 
 
 class Columns(NamedTuple):
@@ -147,7 +163,7 @@ def columns(tensors: Sequence[Any]) -> Columns:
     -------
     Columns
     """
-    import torch
+    torch = sys.modules["torch"]
 
     count, tensor_type = len(tensors), torch.Tensor
 
@@ -192,7 +208,7 @@ def mark_written(tensors: Sequence[Any]) -> None:
     tensors : sequence of torch.Tensor
         Inference tensors among them, which have no version, are passed over.
     """
-    import torch
+    torch = sys.modules["torch"]
 
     if not _plain_types().issuperset(map(type, tensors)):
         tensors = [*tensors, *map(local_part, tensors)]

@@ -198,19 +198,20 @@ def _read_torch(x: Any) -> View:
     dtype = resolve_dtype(tensor.dtype)
     itemsize = dtype.itemsize
     if tensor.is_contiguous():  # one dimension says as much, and is quicker to say
-        shape, strides = (tensor.numel(),), (1,)
+        count = tensor.numel()
+        shape, strides, last = (count,), (itemsize,), count - 1
     else:
-        shape, strides = tuple(tensor.shape), tensor.stride()
+        shape, strides = tuple(tensor.shape), tuple([stride * itemsize for stride in tensor.stride()])
+        last = sum([(length - 1) * stride for length, stride in zip(shape, tensor.stride(), strict=True)])
+    stored, needed = tensor.untyped_storage().nbytes(), (tensor.storage_offset() + last + 1) * itemsize
+    if needed > stored and tensor.numel():
+        raise ValueError(f"the tensor's storage was resized to {stored} bytes, it needs {needed}")
     device, stream = "cpu", 0
     if tensor.is_cuda:
         import torch
 
         device, stream = f"cuda:{tensor.get_device()}", torch.cuda.current_stream(tensor.device).cuda_stream
-    last = tensor.storage_offset() + sum([(n - 1) * s for n, s in zip(shape, strides, strict=True)]) + 1
-    stored = tensor.untyped_storage().nbytes()
-    if last * itemsize > stored and tensor.numel():
-        raise ValueError(f"the tensor's storage was resized to {stored} bytes, it needs {last * itemsize}")
-    return View(address, shape, tuple([s * itemsize for s in strides]), dtype, device, x, None, stream)
+    return View(address, shape, strides, dtype, device, x, None, stream)
 
 
 def _read_jax(x: Any) -> View:
@@ -329,17 +330,16 @@ def _check(view: View) -> View:
     address, shape, strides, dtype = view[:4]
     if len(shape) != len(strides):
         raise ValueError(f"the array says it has shape {shape} and strides {strides}: their lengths differ")
-    if shape and min(shape) < 0:
-        raise ValueError(f"the array says it has shape {shape}: a dimension is negative")
+    low, high = address, address + dtype.itemsize
+    for axis, stride in enumerate(strides):
+        if shape[axis] < 0:
+            raise ValueError(f"the array says it has shape {shape}: a dimension is negative")
+        if stride < 0:
+            low += (shape[axis] - 1) * stride
+        else:
+            high += (shape[axis] - 1) * stride
     if 0 in shape:
         return view
-    low = high = address
-    for length, stride in zip(shape, strides, strict=True):
-        if stride < 0:
-            low += (length - 1) * stride
-        else:
-            high += (length - 1) * stride
-    high += dtype.itemsize
     if not address:
         raise ValueError(
             f"the array has shape {shape} but its address is null: its memory was freed, or it never had any"
