@@ -1,0 +1,124 @@
+"""`import gpuconst` costs what NumPy and ml_dtypes cost: no framework, no CUDA library, no driver."""
+
+import json
+import types
+from collections.abc import Callable
+
+import pytest
+
+import gpuconst
+
+ALLOWED = {"numpy", "ml_dtypes", "gpuconst"}
+
+# Prints what was loaded: the libraries asked of ctypes, and the installed packages.
+REPORT = """
+import ctypes, sys
+libraries = []
+class Recorded(ctypes.CDLL):
+    def __init__(self, name, *arguments, **options):
+        libraries.append(name)
+        super().__init__(name, *arguments, **options)
+ctypes.CDLL = Recorded
+try:
+    exec({code!r})
+finally:
+    import json, site, sysconfig
+    packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+    print(json.dumps({{
+        "modules": sorted({{
+            name.partition(".")[0] for name, module in list(sys.modules.items())
+            if (getattr(module, "__file__", None) or "").startswith(tuple(packages))
+        }} | {{name for name in sys.modules if name == "gpuconst"}}),
+        "libraries": [str(name) for name in libraries] + [name for name in ("libcuda", "libnvrtc") if name in maps],
+    }}))
+"""
+
+CPU_WORK = """
+import gpuconst, numpy
+x = gpuconst.full((3, 4), 0.1, device="cpu")
+y = x.to_numpy()
+gpuconst.fill(y, 0.5)
+gpuconst.fill(bytearray(5), 1)
+gpuconst.fill_many([y, x], 0.5)
+gpuconst.full_many({"a": ((3,), 1, "bfloat16")}, device="cpu")
+gpuconst.shares_memory(x, y)
+numpy.from_dlpack(x)
+repr(x)
+dir(gpuconst)
+"""
+
+
+def loaded(run_python: Callable[..., str], code: str) -> tuple[set[str], list[str]]:
+    """Return the installed packages that code loads, beyond the ones that may be, and the CUDA libraries."""
+    found = json.loads(run_python(REPORT.format(code=code)).splitlines()[-1])
+    assert "gpuconst" in found["modules"]
+    hidden = {name for name in found["modules"] if name.startswith(("_", "__editable"))}
+    cuda = [name for name in found["libraries"] if "cuda" in name or "nv" in name]
+    return set(found["modules"]) - ALLOWED - hidden, cuda
+
+
+@pytest.mark.parametrize("code", ["import gpuconst", CPU_WORK], ids=["import", "work on the CPU"])
+def test_nothing_heavy_is_loaded(code: str, run_python: Callable[..., str]) -> None:
+    assert loaded(run_python, code) == (set(), [])
+
+
+@pytest.mark.parametrize("package", ["hypothesis", "cuda.pathfinder"])
+def test_the_check_sees_packages(package: str, run_python: Callable[..., str]) -> None:
+    packages, _ = loaded(run_python, f"import gpuconst, {package}")
+    assert package.partition(".")[0] in packages
+
+
+def test_the_check_sees_the_driver(run_python: Callable[..., str]) -> None:
+    code = "import gpuconst.kernels.cuda_driver; gpuconst.kernels.cuda_driver.driver()"
+    _, libraries = loaded(run_python, code)
+    assert libraries
+
+
+def test_every_public_name_is_there_and_listed_in_order() -> None:
+    assert gpuconst.__all__ == sorted(gpuconst.__all__)
+    assert len(set(gpuconst.__all__)) == len(gpuconst.__all__)
+    public = {
+        name
+        for name, value in vars(gpuconst).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert public - set(gpuconst.__all__) <= {"Any", "TYPE_CHECKING"}
+    for name in gpuconst.__all__:
+        assert getattr(gpuconst, name).__doc__, name
+
+
+def test_dir_lists_the_lazy_names(run_python: Callable[..., str]) -> None:
+    names = run_python("import gpuconst; print(*dir(gpuconst))").split()
+    assert {*gpuconst.__all__, "keras"} <= set(names)
+    assert names == sorted(names)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'gpuconst' has no attribute 'nothing'"):
+        _ = gpuconst.nothing
+
+
+@pytest.mark.parametrize("name", ["Constant", "Zeros", "Ones", "keras"])
+def test_without_keras_its_names_say_what_to_install(name: str, run_python: Callable[..., str]) -> None:
+    code = f"""
+        import sys
+        sys.modules["keras"] = None  # what an import of it finds is that there is none
+        import gpuconst
+        try:
+            gpuconst.{name}
+        except ImportError as error:
+            print(error)
+    """
+    message = run_python(code)
+    assert "pip install 'gpuconst[keras]'" in message
+    assert "gpuconst.full" in message
+
+
+def test_keras_names_are_those_of_the_adapter(run_python: Callable[..., str]) -> None:
+    code = """
+        import sys, gpuconst
+        assert "keras" not in sys.modules
+        print(all(getattr(gpuconst, name) is getattr(gpuconst.keras, name) for name in ("Constant", "Zeros", "Ones")))
+    """
+    assert run_python(code, KERAS_BACKEND="jax") == "True"
