@@ -206,6 +206,7 @@ class _PrimaryContext:
     """A device's primary context, made the thread's current one by `with`; any number at once, on any thread."""
 
     def __init__(self, index: int) -> None:
+        driver()  # initialises CUDA
         cuda = _library()
         device, context = ctypes.c_int(), ctypes.c_void_p()
         _check(cuda.cuDeviceGet(ctypes.byref(device), index))

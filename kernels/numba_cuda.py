@@ -298,9 +298,10 @@ def _compile(name: str, arch: str) -> str:
     ptx, _ = cuda.compile(
         function, cuda.types.void(*parameters), device=False, abi="numba", cc=capability, launch_bounds=THREADS
     )
+    # Numba's names count what the process has compiled before: with names of ours, equal kernels are equal.
     mangled = re.search(r"\.entry (\w+)", ptx)
     assert mangled is not None
-    return str(ptx).replace(mangled[1], name)
+    return re.sub(r"\.common .*NumbaEnv.*;\n", "", ptx).replace(mangled[1], name)
 
 
 def _link(ptx: str, arch: str) -> bytes:

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from gpuconst.kernels import cubin_cache
-from gpuconst.kernels.runs import BLOCK, CHUNK, LANES, THREADS, TILE
 
 from benchmarks.store_widths import ARCHITECTURES, Code, nvdisasm, read
+from gpuconst.kernels import cubin_cache
+from gpuconst.kernels.runs import BLOCK, CHUNK, LANES, THREADS, TILE
 
 KERNELS = ["fill_run", "fill_runs", "fill_strided32", "fill_strided64"]
 
@@ -53,6 +53,12 @@ def test_every_kernel_compiles(backend: str, arch: str) -> None:
     cubins = compiled(backend, arch)
     assert sorted(cubins) == KERNELS
     assert all(cubin.startswith(b"\x7fELF") for cubin in cubins.values())
+
+
+@backends
+def test_compiling_again_gives_the_same(backend: str) -> None:
+    again = importlib.import_module(f"gpuconst.kernels.{backend}").compile_kernels("sm_90")
+    assert again == compiled(backend, "sm_90")
 
 
 @backends

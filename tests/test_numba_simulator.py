@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from gpuconst.kernels import runs
 from gpuconst.kernels.runs import BLOCK, CHUNK, THREADS, Launch, Region
 
@@ -40,8 +41,9 @@ class Memory:
 
 def simulate(memory: Memory, launches: Sequence[Launch], table: np.ndarray | None = None) -> None:
     """Run launches; a table is passed to its kernel as the array that it is."""
-    from gpuconst.kernels import numba_kernels
     from numba.cuda.simulator import kernel as simulator
+
+    from gpuconst.kernels import numba_kernels
 
     make: Any = simulator.FakeCUDAKernel
     kernels = numba_kernels.kernels(memory.store, lambda function: function)
