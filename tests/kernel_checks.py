@@ -7,6 +7,7 @@ or written by mistake cannot pass for the right one by chance.
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import random
 import struct
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import ptx
+
 from gpuconst.kernels import runs
 from gpuconst.kernels.runs import BLOCK, CHUNK, THREADS, TILE, Region
 
@@ -26,6 +28,7 @@ LENGTHS = sorted({*range(41), *(n + d for n in (CHUNK, 2 * CHUNK, BLOCK, 3 * BLO
 _ORIGIN = 1 << 40
 _TABLES = 1 << 50  # where the run tables are
 _random = np.random.default_rng(1)
+_POISON = _random.integers(0, 128, 1 << 20, dtype="u1")
 
 
 class Kernels:
@@ -50,24 +53,24 @@ class Kernels:
             kernel.run(memory, [self._launch(kernel, launch, ctas) for launch in chosen])
 
     def _launch(self, kernel: ptx.Kernel, launch: runs.Launch, ctas: Sequence[int] | None) -> ptx.Launch:
-        if not (self._elementwise and launch.kernel == "fill_run"):
-            return ptx.Launch(launch.grid, THREADS, kernel.pack(*launch.arguments), ctas)
-        # CuPy gives an elementwise kernel CTAs of 128 threads and an indexer: size, shape and index.
-        size = launch.grid * THREADS
-        halves = None if ctas is None else [half for cta in ctas for half in (2 * cta, 2 * cta + 1)]
-        return ptx.Launch(size // 128, 128, kernel.pack(*launch.arguments, struct.pack("<3q", size, size, 0)), halves)
+        arguments: tuple[int | bytes, ...] = launch.arguments
+        if self._elementwise and launch.kernel == "fill_run":
+            size = launch.grid * THREADS
+            arguments += (struct.pack("<3q", size, size, 0),)  # CuPy's indexer: size, shape and index
+        return ptx.Launch(launch.grid, THREADS, kernel.pack(*arguments), ctas)
 
 
 @functools.cache
+def modules(backend: str, arch: str) -> dict[str, str]:
+    """Return the PTX of the kernels of a backend, for an architecture such as ``"sm_90"``."""
+    compiler = importlib.import_module(f"gpuconst.kernels.{backend}_cuda")
+    compiled: dict[str, str] = compiler.compile_ptx(arch)
+    return compiled
+
+
 def compiled(backend: str, arch: str) -> Kernels:
-    """Return the kernels of a backend, compiled for an architecture such as ``"sm_90"``."""
-    if backend == "cupy":
-        from gpuconst.kernels import cupy_cuda
-
-        return Kernels(cupy_cuda.compile_ptx(arch), elementwise=True)
-    from gpuconst.kernels import numba_cuda
-
-    return Kernels(numba_cuda.compile_ptx(arch), elementwise=False)
+    """Return the kernels of a backend, compiled for an architecture."""
+    return Kernels(modules(backend, arch), elementwise=backend == "cupy")
 
 
 def element(itemsize: int) -> bytes:
@@ -77,7 +80,7 @@ def element(itemsize: int) -> bytes:
 
 def poison(nbytes: int) -> np.ndarray:
     """Return random bytes that are in no element."""
-    return _random.integers(0, 128, nbytes, dtype="u1")
+    return np.resize(_POISON[_random.integers(4096) :], nbytes)
 
 
 def contiguous(nbytes: int, offset: int, itemsize: int) -> Region:

@@ -7,8 +7,6 @@ import itertools
 import numpy as np
 import ptx
 import pytest
-from gpuconst.kernels import runs
-from gpuconst.kernels.runs import BLOCK, CHUNK, THREADS, TILE, Region
 from kernel_checks import (
     GUARD,
     ITEMSIZES,
@@ -23,12 +21,16 @@ from kernel_checks import (
     small_strided,
 )
 
+from gpuconst.kernels import runs
+from gpuconst.kernels.runs import BLOCK, CHUNK, THREADS, TILE, Region
+
 TIB = 1 << 40
 BASE = 1 << 42
 
 
 @pytest.fixture(params=["cupy", "numba"], scope="module")
 def backend(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip({"cupy": "cupy", "numba": "numba_cuda"}[request.param])
     return str(request.param)
 
 
