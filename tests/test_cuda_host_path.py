@@ -1,0 +1,577 @@
+"""The CUDA path without a GPU, on stand-in devices: selection, memory, launches, streams and errors.
+
+The Numba backend runs on them whole; CuPy, whose runtime asks a driver for more, is refused there, and
+so shows how a backend is passed over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_standin import alive, calls, current_context, driver, environment, on_standin
+
+import gpuconst
+from gpuconst.backends import select
+from gpuconst.kernels import runs
+from gpuconst.kernels.runs import BLOCK, CHUNK
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
+MIB = 1 << 20
+
+
+class Foreign:
+    """Somebody's CUDA memory, known by its CUDA Array Interface: a part of a gpuconst array."""
+
+    def __init__(self, array: gpuconst.Array, offset: int = 0, **interface: Any) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "data": (array.data_ptr() + offset, False),
+            "typestr": array.dtype.str,
+            **interface,
+        }
+
+
+def new_stream(device: int = 0) -> int:
+    """Return the handle of a new stream."""
+    handle = ctypes.c_void_p()
+    with current_device(device):
+        assert driver().cuStreamCreateWithPriority(ctypes.byref(handle), 1, 0) == 0
+    assert handle.value
+    return handle.value
+
+
+@contextmanager
+def current_device(device: int) -> Iterator[None]:
+    """Make a device the thread's current one, by its primary context."""
+    context = ctypes.c_void_p()
+    driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    driver().cuCtxPushCurrent_v2(context)
+    try:
+        yield
+    finally:
+        driver().cuCtxPopCurrent_v2(ctypes.byref(context))
+
+
+def launches() -> list[str]:
+    """Return kernel and grid of each launch."""
+    return [" ".join(line.split()[1:3]) for line in calls("launch")]
+
+
+# Which devices there are, and why not.
+
+
+@on_standin()
+def test_devices_are_selected_by_name() -> None:
+    assert [select(name)[:3] for name in ("cuda", "cuda:0", "cuda:1")] == [
+        ("numba", "cuda:0", 0),
+        ("numba", "cuda:0", 0),
+        ("numba", "cuda:1", 1),
+    ]
+    assert select(None).device == "cuda:0"
+    assert select("cpu").backend == "numpy"
+
+
+@on_standin()
+def test_cuda_is_the_current_device() -> None:
+    with current_device(1):
+        assert select("cuda").device == "cuda:1"
+        assert select(None).device == "cuda:1"
+        assert gpuconst.full(3, 1, device="cuda").device == "cuda:1"
+    assert select("cuda").device == "cuda:0"
+
+
+@on_standin()
+def test_a_device_out_of_range_names_those_there_are() -> None:
+    with pytest.raises(gpuconst.DeviceUnavailableError, match=r"no device cuda:2; there are cuda:0 \(Stand-in 0\)"):
+        gpuconst.full(3, 1, device="cuda:2")
+
+
+@on_standin(GPUCONST_BACKEND="")
+def test_a_backend_that_cannot_be_used_is_passed_over() -> None:
+    array = gpuconst.full(3, 1.0, device="cuda")
+    assert (array.backend, array.device) == ("numba", "cuda:0")
+    cupy, numba = gpuconst.info().backends[:2]
+    assert numba.why_not is None
+    assert "CuPy cannot use CUDA" in str(cupy.why_not)
+
+
+@on_standin(GPUCONST_BACKEND="cupy")
+def test_a_backend_that_was_named_is_not_passed_over() -> None:
+    with pytest.raises(gpuconst.DeviceUnavailableError, match="CuPy cannot use CUDA"):
+        gpuconst.full(3, 1.0)
+
+
+def check_unusable(reason: str) -> None:
+    """Check that a named device is refused for a reason and the default one is the CPU."""
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(gpuconst.DeviceUnavailableError, match=reason):
+            gpuconst.full(3, 1.0, device=device)
+    os.environ.pop("GPUCONST_BACKEND", None)
+    array = gpuconst.full(3, 1.0)
+    assert (array.device, array.backend) == ("cpu", "numpy")
+    cupy, numba, numpy = gpuconst.info().backends
+    assert reason in str(numba.why_not)
+    assert reason in str(cupy.why_not)
+    assert numpy.why_not is None
+
+
+@on_standin(STANDIN_DEVICES=0)
+def test_no_device() -> None:
+    check_unusable("the driver finds no device")
+
+
+@on_standin(CUDA_VISIBLE_DEVICES="")
+def test_no_visible_device() -> None:
+    check_unusable("CUDA_VISIBLE_DEVICES=''")
+
+
+@on_standin(STANDIN_VERSION=11080)
+def test_a_driver_that_is_too_old() -> None:
+    check_unusable("the driver supports CUDA 11.8, needed is 12.0")
+
+
+@on_standin(STANDIN_INIT=803)
+def test_a_driver_of_another_version() -> None:
+    check_unusable("of different versions")
+
+
+@on_standin(STANDIN_INIT=804)
+def test_a_driver_without_forward_compatibility() -> None:
+    check_unusable("forward compatibility")
+
+
+@on_standin(STANDIN_INIT=999)
+def test_a_driver_that_cannot_start() -> None:
+    check_unusable("nvidia-uvm")
+
+
+@on_standin(STANDIN_INIT=46)
+def test_a_driver_with_an_error_of_its_own() -> None:
+    check_unusable("CUDA error 46")
+
+
+def test_no_driver(tmp_path: Path, run_python: Callable[..., str]) -> None:
+    (tmp_path / "libcuda.so.1").touch()
+    code = """
+    import test_cuda_host_path
+    test_cuda_host_path.check_unusable("no NVIDIA driver")
+    """
+    run_python(code, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
+
+
+@on_standin(MISSING="numba-cuda", GPUCONST_BACKEND="")
+def test_missing_packages() -> None:
+    import sys
+
+    sys.modules["numba_cuda"] = None  # type: ignore[assignment]
+    sys.modules["cupy"] = None  # type: ignore[assignment]
+    with pytest.raises(gpuconst.DeviceUnavailableError) as raised:
+        gpuconst.full(3, 1.0, device="cuda")
+    assert "cupy: CuPy is not installed; pip install" in str(raised.value)
+    assert "numba: numba-cuda is not installed; pip install" in str(raised.value)
+    assert gpuconst.full(3, 1.0).device == "cpu"
+
+
+@on_standin(FORKS="yes")
+def test_forked_after_cuda_was_initialised() -> None:
+    assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with pytest.raises(gpuconst.DeviceUnavailableError, match="forked after CUDA was initialised"):
+                gpuconst.full(3, 1.0, device="cuda")
+            os.environ.pop("GPUCONST_BACKEND", None)
+            assert gpuconst.full(3, 1.0).device == "cpu"
+            os.write(writer, b"as it should")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"as it should"
+    assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"
+
+
+def test_cpu_work_calls_no_driver(run_python: Callable[..., str]) -> None:
+    settings = environment()
+    code = """
+    import gpuconst, numpy
+    array = gpuconst.full((1000, 3), 1.5, device="cpu")
+    gpuconst.fill(array, 2)
+    buffers = [numpy.empty(1000), numpy.empty(7)]
+    gpuconst.fill_many(buffers, 3)
+    gpuconst.plan_fill(buffers, 4).fill()
+    numpy.from_dlpack(array), array.to_numpy(), gpuconst.shares_memory(array, array)
+    """
+    run_python(code, **settings)
+    assert not Path(settings["STANDIN_LOG"]).exists()
+    run_python("import gpuconst; gpuconst.zeros(3, device='cuda')", **settings)
+    assert Path(settings["STANDIN_LOG"]).exists()
+
+
+@on_standin(INFO="yes")
+def test_info_leaves_this_process_free_to_fork() -> None:
+    assert "cuda:1: Stand-in 1, compute capability 9.0, 1 GiB" in str(gpuconst.info())
+    assert not any(line.startswith("cuDevicePrimaryCtxRetain") for line in calls())
+    child = os.fork()
+    if not child:
+        os._exit(0 if gpuconst.full(3, 1.0, device="cuda").device == "cuda:0" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# What is filled, and with which launches.
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "float16", "float32", "complex64", "complex128"])
+@on_standin()
+def test_full(dtype: str) -> None:
+    for shape in [(), (1,), (5, 7), (4099,), (3, 5, 1031)]:
+        array = gpuconst.full(shape, 1, dtype=dtype, device="cuda")
+        np.testing.assert_array_equal(array.to_numpy(), np.full(shape, 1, dtype))
+        assert array.data_ptr() % 256 == 0
+
+
+@on_standin()
+def test_grid_covers_the_blocks() -> None:
+    for nbytes in (1, BLOCK, BLOCK + 1, 5 * BLOCK):
+        gpuconst.full(nbytes, 1, dtype="uint8", device="cuda:1")
+    assert calls("launch") == [f"launch fill_run grid={n} block=256 stream=0x1 device=1" for n in (1, 1, 2, 5)]
+
+
+@on_standin()
+def test_nothing_is_launched_for_size_0() -> None:
+    array = gpuconst.full((3, 0), 1.0, device="cuda")
+    gpuconst.fill(array, 2.0)
+    gpuconst.fill_many([array, array], 2.0)
+    assert array.to_numpy().shape == (3, 0)
+    assert not launches()
+
+
+@on_standin()
+def test_fill_of_foreign_memory() -> None:
+    array = gpuconst.zeros(5000, dtype="int32", device="cuda:1")
+    expected = array.to_numpy()
+    gpuconst.fill(Foreign(array, 4, shape=(4000,)), 1)
+    expected[1:4001] = 1
+    gpuconst.fill(Foreign(array, 8, shape=(4, 300), strides=(4000, 4)), 2)
+    np.lib.stride_tricks.as_strided(expected[2:], (4, 300), (4000, 4))[...] = 2
+    gpuconst.fill(Foreign(array, 40, shape=(3, 4, 5), strides=(400, 100, 8)), 3)
+    np.lib.stride_tricks.as_strided(expected[10:], (3, 4, 5), (400, 100, 8))[...] = 3
+    gpuconst.fill(Foreign(array, 19996, shape=(10,), strides=(-12,)), 4)
+    expected[4999 : 4999 - 30 : -3] = 4
+    np.testing.assert_array_equal(array.to_numpy(), expected)
+    kernels = [launch.split()[0] for launch in launches()]
+    assert kernels == ["fill_run", "fill_run", "fill_runs", "fill_strided32", "fill_strided32"]
+
+
+@on_standin()
+def test_fill_many_is_one_launch_per_device() -> None:
+    rng = np.random.default_rng(3)
+    dtypes = ["uint8", "float16", "float32", "int64", "complex128"]
+    arrays = [
+        gpuconst.zeros(int(rng.integers(0, 3000)), dtype=dtypes[k % 5], device=f"cuda:{k % 2}") for k in range(100)
+    ]
+    before = len(calls("launch"))
+    gpuconst.fill_many(arrays, range(1, 101))
+    for value, array in enumerate(arrays, 1):
+        np.testing.assert_array_equal(array.to_numpy(), np.full(array.shape, value, array.dtype))
+    filled = launches()[before:]
+    chunks = [sum(-(-array.nbytes // CHUNK) for array in arrays[k::2]) for k in (0, 1)]
+    assert filled == [f"fill_runs grid={-(-n // 8)}" for n in chunks]
+
+
+@on_standin()
+def test_a_plan_uploads_its_table_once() -> None:
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 2000, 30000)]
+    plan = gpuconst.plan_fill(arrays, [1.0, 2.0, 3.0])
+    uploads = calls("cuMemcpyAsync")
+    for _ in range(3):
+        gpuconst.fill_many(arrays, 0.0)
+        uploads_of_fill_many = calls("cuMemcpyAsync")[len(uploads) :]
+        plan.fill()
+        assert calls("cuMemcpyAsync")[len(uploads) :] == uploads_of_fill_many
+        assert [float(array.to_numpy()[-1]) for array in arrays] == [1.0, 2.0, 3.0]
+        uploads = [*uploads, *uploads_of_fill_many]
+
+
+# Streams.
+
+
+def between(start: str, *names: str) -> list[str]:
+    """Return the calls of some functions after the last one that starts with `start`."""
+    lines = calls()
+    last = max(k for k, line in enumerate(lines) if line.startswith(start))
+    return [line for line in lines[last:] if line.split()[0] in names]
+
+
+@on_standin()
+def test_full_on_a_stream() -> None:
+    stream = new_stream(1)
+    array = gpuconst.full(10, 1.0, device="cuda:1", stream=stream)
+    assert calls("launch") == [f"launch fill_run grid=1 block=256 stream={stream:#x} device=1"]
+    assert calls("cuMemAllocFromPoolAsync") == [f"cuMemAllocFromPoolAsync nbytes=40 stream={stream:#x}"]
+    assert array.__cuda_array_interface__["stream"] == stream
+    del array
+    assert calls("cuMemFreeAsync") == [f"cuMemFreeAsync stream={stream:#x}"]
+
+
+@on_standin()
+def test_a_stream_is_taken_from_anything_that_has_one() -> None:
+    from cuda.core import Device
+
+    handle = new_stream()
+
+    class Speaks:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, handle
+
+    with current_device(0):
+        Device(0).set_current()
+        stream = Device(0).create_stream(Speaks())
+    for given in (handle, Speaks(), stream):
+        gpuconst.full(10, 1.0, device="cuda", stream=given)
+    assert [line.split()[4] for line in calls("launch")] == [f"stream={handle:#x}"] * 3
+
+
+@on_standin()
+def test_a_consumer_waits_for_the_producer() -> None:
+    producer, consumer = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    array.__dlpack__(stream=consumer, max_version=(1, 1))
+    record, wait = between("launch", "cuEventRecord", "cuStreamWaitEvent")
+    event = record.split()[1]
+    assert record == f"cuEventRecord {event} stream={producer:#x}"
+    assert wait == f"cuStreamWaitEvent stream={consumer:#x} {event}"
+    assert not alive("e")
+
+
+@pytest.mark.parametrize("consumer", ["the producer", -1])
+@on_standin()
+def test_no_event_where_there_is_nothing_to_wait_for(consumer: Any) -> None:
+    producer = new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    array.__dlpack__(stream=producer if consumer == "the producer" else consumer)
+    assert not calls("cuEventRecord", "cuStreamWaitEvent")
+
+
+@on_standin()
+def test_filling_on_another_stream_waits_for_the_first() -> None:
+    first, second = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=first)
+    gpuconst.fill(array, 2.0, stream=second)
+    record, wait, launch = between("launch fill_run grid=1 block=256 stream=" + hex(first), *FENCES)[1:]
+    assert record.endswith(f"stream={first:#x}")
+    assert wait.startswith(f"cuStreamWaitEvent stream={second:#x}")
+    assert f"stream={second:#x}" in launch
+    assert array.__cuda_array_interface__["stream"] == second
+
+
+FENCES = ("cuEventRecord", "cuStreamWaitEvent", "launch", "cuMemcpyAsync", "cuStreamSynchronize")
+
+
+@on_standin()
+def test_to_numpy_copies_in_stream_order_and_waits() -> None:
+    stream = new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=stream)
+    array.to_numpy()
+    _, copy, wait = between("launch", *FENCES)
+    assert copy == f"cuMemcpyAsync nbytes=40 stream={stream:#x}"
+    assert wait == f"cuStreamSynchronize stream={stream:#x}"
+
+
+@on_standin()
+def test_a_table_is_freed_after_the_fill_that_reads_it() -> None:
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    before = len(calls())
+    gpuconst.fill_many(arrays, 1.0)
+    names = [line.split()[0] for line in calls()[before:]]
+    ordered = [
+        name for name in names if name in ("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch", "cuMemFreeAsync")
+    ]
+    assert ordered == ["cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch", "cuMemFreeAsync"]
+
+
+@on_standin()
+def test_a_stream_of_another_device_is_refused() -> None:
+    stream = new_stream(1)
+
+    class Other:
+        device_index = 1
+
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, stream
+
+    with pytest.raises(ValueError, match="is a stream of cuda:1"):
+        gpuconst.full(10, 1.0, device="cuda:0", stream=Other())
+    assert not launches()
+
+
+@on_standin()
+def test_only_what_is_prepared_can_be_captured() -> None:
+    stream = new_stream()
+    arrays = [gpuconst.zeros(n, device="cuda", stream=stream) for n in (10, 20)]
+    plan = gpuconst.plan_fill(arrays, 1.0)
+    prepared = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")
+    driver().standin_capture(ctypes.c_void_p(stream))
+    try:
+        with pytest.raises(RuntimeError, match="graph is being captured"):
+            gpuconst.full(10, 1.0, device="cuda", stream=stream)
+        with pytest.raises(RuntimeError, match="plan_fill"):
+            gpuconst.fill_many(arrays, 1.0, stream=stream)
+        assert calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch") == prepared
+        gpuconst.fill(arrays[0], 3.0, stream=stream)
+        plan.fill(stream=stream)
+    finally:
+        driver().standin_capture(None)
+    captured = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")[len(prepared) :]
+    assert [line.split()[:2] for line in captured] == [["launch", "fill_run"], ["launch", "fill_runs"]]
+
+
+# Errors, and what is left behind.
+
+
+@on_standin(STANDIN_MEMORY=MIB)
+def test_out_of_memory() -> None:
+    kept = gpuconst.ones(MIB // 8, device="cuda:0")
+    with pytest.raises(gpuconst.OutOfMemoryError, match=rf"cuda:0 \(Stand-in 0.* {MIB // 2 + 4} bytes"):
+        gpuconst.ones(MIB // 8 + 1, device="cuda:0")
+    assert gpuconst.ones(MIB // 8 + 1, device="cuda:1").device == "cuda:1"
+    assert (gpuconst.ones(MIB // 8, device="cuda:0").to_numpy() == 1).all()
+    assert (kept.to_numpy() == 1).all()
+    assert list(alive("m")) == [kept.data_ptr()]
+    assert current_context() == 0
+
+
+@on_standin(STANDIN_MEMORY=MIB)
+def test_out_of_memory_for_a_table_writes_nothing() -> None:
+    arrays = [gpuconst.zeros(MIB // 8, device="cuda:0") for _ in range(2)]
+    before = launches()
+    with pytest.raises(gpuconst.OutOfMemoryError):
+        gpuconst.fill_many(arrays, 1.0)
+    assert launches() == before
+    del arrays[1]
+    gpuconst.fill_many(arrays, 2.0)
+    assert (arrays[0].to_numpy() == 2).all()
+
+
+@on_standin()
+def test_nothing_is_left_behind() -> None:
+    gpuconst.zeros(1, device="cuda")  # makes the pool, and loads a kernel
+    before = {kind: len(alive(kind)) for kind in "mep"}
+    streams = [new_stream(), new_stream()]
+    for _ in range(20):
+        arrays = [gpuconst.full(n, 1.0, device="cuda", stream=streams[n % 2]) for n in range(1, 10)]
+        gpuconst.fill_many(arrays, 2.0)
+        plan = gpuconst.plan_fill(arrays, 3.0)
+        plan.fill(stream=streams[1])
+        arrays[0].__dlpack__(stream=streams[1])
+        arrays[0].to_numpy()
+    del arrays, plan
+    gc.collect()
+    assert {kind: len(alive(kind)) for kind in "mep"} == before
+
+
+@on_standin(POOL="first")
+def test_the_pool_keeps_no_more_than_it_says() -> None:
+    from gpuconst.kernels import numba_cuda
+
+    gpuconst.zeros(1, device="cuda")
+    assert f"value={numba_cuda.RELEASE_THRESHOLD}" in calls("cuMemPoolSetAttribute")[0]
+
+
+@on_standin(POOL="first")
+def test_the_pool_is_not_the_process_wide_one() -> None:
+    gpuconst.zeros(1, device="cuda:1")
+    assert calls("cuMemPoolCreate") == ["cuMemPoolCreate device=1"]
+    assert not calls("cuDeviceGetDefaultMemPool")
+
+
+@pytest.mark.parametrize("current", [None, 0, 1])
+@on_standin()
+def test_the_current_context_is_left_alone(current: int | None) -> None:
+    def work() -> None:
+        expected = current_context()
+        stream = new_stream()
+        steps: list[Callable[[], object]] = [
+            lambda: arrays.append(gpuconst.full(1000, 1.0, device="cuda:0", stream=stream)),
+            lambda: arrays.append(gpuconst.full(1000, 1.0, device="cuda:0")),
+            lambda: gpuconst.fill(arrays[0], 2.0),
+            lambda: gpuconst.fill_many(arrays, 3.0),
+            lambda: gpuconst.plan_fill(arrays, 4.0).fill(stream=stream),
+            lambda: arrays[0].__dlpack__(stream=1),
+            lambda: arrays[0].__dlpack__(dl_device=(1, 0)),
+            lambda: arrays[0].to_numpy(),
+            lambda: Foreign(arrays[0], shape=(10,)) and gpuconst.shares_memory(arrays[0], arrays[0]),
+            lambda: select("cuda"),
+            arrays.clear,
+        ]
+        for step in steps:
+            step()
+            assert current_context() == expected, step
+        with pytest.raises(gpuconst.OutOfMemoryError):
+            gpuconst.full(1 << 40, 1.0, device="cuda:0")
+        assert current_context() == expected
+
+    arrays: list[Any] = []
+    if current is None:
+        assert current_context() == 0
+        work()
+    else:
+        with current_device(current):
+            work()
+
+
+@on_standin()
+def test_threads() -> None:
+    failed: list[BaseException] = []
+
+    def work(value: int) -> None:
+        try:
+            for n in range(1, 30):
+                array = gpuconst.full(100 * n, value, device=f"cuda:{value % 2}")
+                gpuconst.fill_many([array, Foreign(array, shape=(n,))], [value, value + 1])
+                assert (array.to_numpy()[n:] == value).all()
+                assert (array.to_numpy()[:n] == value + 1).all()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=[value]) for value in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+@on_standin()
+def test_memory_that_is_not_a_devices_is_refused() -> None:
+    array = gpuconst.zeros(10, device="cuda")
+    host = np.zeros(10)
+    interface = Foreign(array, shape=(10,))
+    interface.__cuda_array_interface__["data"] = (host.ctypes.data, False)
+    with pytest.raises(ValueError, match="unknown to the driver"):
+        gpuconst.fill(interface, 1.0)
+    interface.__cuda_array_interface__["data"] = (array.data_ptr(), True)
+    with pytest.raises(ValueError, match="read-only"):
+        gpuconst.fill(interface, 1.0)
+    assert len(launches()) == 1
+
+
+@on_standin()
+def test_a_fault_is_an_error() -> None:
+    backend = select("cuda")
+    array = gpuconst.zeros(10, device="cuda")
+    beyond = runs.Region(array.data_ptr() + MIB, (10,), (4,), b"abcd")
+    with pytest.raises(Exception, match="CUDA_ERROR"):
+        backend.module.fill([beyond], 0, 0)
+    assert current_context() == 0
