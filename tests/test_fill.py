@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 import tvm_ffi
-from gpuconst.kernels import host
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lying_capsules import DLPackOnly
 
 import gpuconst
 from gpuconst.dtypes import DTYPES
+from gpuconst.kernels import host
 from gpuconst.views import view_of
 
 GUARD = 64

@@ -13,10 +13,10 @@ import lying_capsules as dlpack
 import numpy as np
 import pytest
 import torch
-from gpuconst.kernels.cuda_driver import driver
 from lying_capsules import DLPackOnly, Exporter
 
 import gpuconst
+from gpuconst.kernels.cuda_driver import driver
 
 
 def read_only_array() -> np.ndarray:

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from gpuconst.kernels import runs
-from gpuconst.kernels.runs import RUN, TILE, Region
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from gpuconst.kernels import runs
+from gpuconst.kernels.runs import RUN, TILE, Region
 
 ORIGIN = 1 << 40  # of the memory below; any multiple of a tile
 POISON = 0x55
