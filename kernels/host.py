@@ -211,8 +211,10 @@ def _fill_bytes(target: np.ndarray, element: bytes) -> None:
     # A thread of its own for each call: a pool would be missing in a forked child.
     helper = threading.Thread(target=_copy_rows, args=(target[middle:], element))
     helper.start()
-    _copy_rows(target[:middle], element)
-    helper.join()
+    try:
+        _copy_rows(target[:middle], element)
+    finally:
+        helper.join()  # an interrupt must not leave it writing into memory that is then given back
 
 
 def _copy_rows(target: np.ndarray, element: bytes) -> None:
