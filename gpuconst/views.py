@@ -159,6 +159,8 @@ def _reader(kind: type) -> Callable[[Any], View]:
         return _read_numpy
     if issubclass(kind, np.generic):
         return _read_scalar
+    if issubclass(kind, type):  # which has the attributes of its instances
+        return _refuse
     for module, name, read in _FRAMEWORKS:
         loaded = sys.modules.get(module)
         if loaded is not None and issubclass(kind, getattr(loaded, name, ())):
@@ -259,7 +261,11 @@ def _read_cuda_interface(x: Any) -> View:
 
 
 def _read_dlpack(x: Any) -> View:
-    kind = int(x.__dlpack_device__()[0])
+    place = x.__dlpack_device__()
+    try:
+        kind = int(place[0])
+    except (TypeError, ValueError, LookupError):
+        raise TypeError(f"{type(x).__name__}.__dlpack_device__() is {place!r}, expected (type, index)") from None
     arguments = {"stream": 1} if kind == CUDA else {}
     try:
         capsule = x.__dlpack__(**arguments, max_version=(1, 1), copy=False)
@@ -307,12 +313,16 @@ def _read_buffer(x: Any) -> View:
     try:
         exported = np.asarray(memoryview(x))
     except TypeError:
-        hint = "; for a Keras variable use variable.assign" if hasattr(x, "assign") else ""
-        raise TypeError(
-            f"{type(x).__name__} is no array; expected a torch tensor, a NumPy or CuPy array, a gpuconst.Array, "
-            f"or an object with DLPack or the buffer protocol{hint}"
-        ) from None
+        return _refuse(x)
     return _read_numpy(exported)
+
+
+def _refuse(x: Any) -> View:
+    hint = "; for a Keras variable use variable.assign" if hasattr(x, "assign") else ""
+    raise TypeError(
+        f"{type(x).__name__} is no array; expected a torch tensor, a NumPy or CuPy array, a gpuconst.Array, "
+        f"or an object with DLPack or the buffer protocol{hint}"
+    ) from None
 
 
 _FRAMEWORKS: list[tuple[str, str, Callable[[Any], View]]] = [

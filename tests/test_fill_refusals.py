@@ -124,7 +124,9 @@ def test_keras_variables_are_sent_to_assign(run_python: Callable[..., str]) -> N
     assert "for a Keras variable use variable.assign" in run_python(code, KERAS_BACKEND="jax")
 
 
-@pytest.mark.parametrize("x", [[1, 2], (1, 2), None, "text", 5, 0.5, {}, object(), np, int], ids=repr)
+@pytest.mark.parametrize(
+    "x", [[1, 2], (1, 2), None, "text", 5, 0.5, {}, object(), np, int, np.ndarray, torch.Tensor], ids=repr
+)
 def test_what_is_no_array_is_refused(x: Any) -> None:
     with pytest.raises(TypeError, match=rf"^{type(x).__name__} is no array; expected a torch tensor, a NumPy or CuPy"):
         gpuconst.fill(x, 0)
@@ -268,6 +270,16 @@ def test_what_is_no_capsule_is_refused(answer: Any) -> None:
             return answer
 
     with pytest.raises(BufferError, match="is not an unconsumed DLPack capsule"):
+        gpuconst.fill(Wrong(), 0.5)
+
+
+@pytest.mark.parametrize("device", [None, (), "cpu"], ids=str)
+def test_what_is_no_dlpack_device_is_refused(device: Any) -> None:
+    class Wrong(Exporter):
+        def __dlpack_device__(self) -> Any:
+            return device
+
+    with pytest.raises(TypeError, match=r"__dlpack_device__\(\) is .*, expected \(type, index\)"):
         gpuconst.fill(Wrong(), 0.5)
 
 
