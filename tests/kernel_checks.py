@@ -27,6 +27,7 @@ LENGTHS = sorted({*range(41), *(n + d for n in (CHUNK, 2 * CHUNK, BLOCK, 3 * BLO
 
 _ORIGIN = 1 << 40
 _TABLES = 1 << 50  # where the run tables are
+_CASES_AT_ONCE = 512
 _random = np.random.default_rng(1)
 _POISON = _random.integers(0, 128, 1 << 20, dtype="u1")
 
@@ -134,7 +135,7 @@ def small_strided() -> Iterator[Region]:
 
 
 def check(kernels: Kernels, cases: Sequence[Sequence[Region]], *, index64: bool = False) -> Counter[int]:
-    """Fill the regions of each case, all at once, and compare memory byte for byte.
+    """Fill the regions of each case and compare memory byte for byte.
 
     Parameters
     ----------
@@ -150,36 +151,10 @@ def check(kernels: Kernels, cases: Sequence[Sequence[Region]], *, index64: bool 
     Counter
         The stores made, by width in bytes.
     """
-    before: dict[int, np.ndarray] = {}
-    after: dict[int, np.ndarray] = {}
-    launches: list[runs.Launch] = []
-    nbytes = 0
-    base = _ORIGIN
-    for case in cases:
-        low, high = _extent(case)
-        start, base = base, base + (high - low + 4 * GUARD) // GUARD * GUARD
-        origin = start + GUARD - low // TILE * TILE  # keeps an address and its offset equal modulo 16
-        before[start] = poison(high - low + 2 * GUARD + TILE)
-        after[start] = before[start].copy()
-        placed = [region._replace(address=region.address + origin) for region in case]
-        for region in placed:
-            _fill(after[start], start, region)
-            nbytes += region.nbytes
-        table = _TABLES + GUARD * start
-        words = _launches(placed, table, launches)
-        if len(words):
-            before[table] = words
-            after[table] = words
-    if index64:
-        launches = [launch._replace(kernel=launch.kernel.replace("32", "64")) for launch in launches]
-    memory, expected = ptx.Memory.of(before), ptx.Memory.of(after)
-    kernels.run(memory, launches)
-    if not np.array_equal(memory.data, expected.data):
-        wrong = next(k for k, start in enumerate(sorted(before)) if (memory[start] != expected[start]).any())
-        raise AssertionError(f"memory is wrong after {cases[wrong] if wrong < len(cases) else 'a table was written'}")
-    stored = sum(width * count for width, count in memory.stores.items())
-    assert stored == nbytes, f"{stored} bytes were stored into {nbytes}"
-    return memory.stores
+    stores: Counter[int] = Counter()
+    for first in range(0, len(cases), _CASES_AT_ONCE):
+        stores += _check_together(kernels, cases[first : first + _CASES_AT_ONCE], index64)
+    return stores
 
 
 def check_ctas(
@@ -218,6 +193,39 @@ def check_ctas(
             inside = (index >= 0) & (index < length) & (byte < len(value))
             expected[inside] = np.frombuffer(value, "u1")[byte[inside]]
         np.testing.assert_array_equal(memory[start], expected)
+
+
+def _check_together(kernels: Kernels, cases: Sequence[Sequence[Region]], index64: bool) -> Counter[int]:
+    before: dict[int, np.ndarray] = {}
+    after: dict[int, np.ndarray] = {}
+    launches: list[runs.Launch] = []
+    nbytes = 0
+    base = _ORIGIN
+    for case in cases:
+        low, high = _extent(case)
+        start, base = base, base + (high - low + 4 * GUARD) // GUARD * GUARD
+        origin = start + GUARD - low // TILE * TILE  # keeps an address and its offset equal modulo 16
+        before[start] = poison(high - low + 2 * GUARD + TILE)
+        after[start] = before[start].copy()
+        placed = [region._replace(address=region.address + origin) for region in case]
+        for region in placed:
+            _fill(after[start], start, region)
+            nbytes += region.nbytes
+        table = _TABLES + GUARD * start
+        words = _launches(placed, table, launches)
+        if len(words):
+            before[table] = words
+            after[table] = words
+    if index64:
+        launches = [launch._replace(kernel=launch.kernel.replace("32", "64")) for launch in launches]
+    memory, expected = ptx.Memory.of(before), ptx.Memory.of(after)
+    kernels.run(memory, launches)
+    if not np.array_equal(memory.data, expected.data):
+        wrong = next(k for k, start in enumerate(sorted(before)) if (memory[start] != expected[start]).any())
+        raise AssertionError(f"memory is wrong after {cases[wrong] if wrong < len(cases) else 'a table was written'}")
+    stored = sum(width * count for width, count in memory.stores.items())
+    assert stored == nbytes, f"{stored} bytes were stored into {nbytes}"
+    return memory.stores
 
 
 def _launches(regions: Sequence[Region], table: int, launches: list[runs.Launch]) -> np.ndarray:

@@ -120,6 +120,10 @@ class Kernel:
         Offset and size of each parameter, in bytes.
     blocks : list of list of Instruction
         Basic blocks: only the last instruction of one can branch.
+    labels : dict of str to int
+        Index of the block at each label.
+    types : dict of str to numpy.dtype
+        Unsigned type of each register, by its name without the number.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -139,8 +143,8 @@ class Kernel:
             self._size += -self._size % int(align or itemsize)
             self.parameters[name] = (self._size, itemsize * int(length or 1))
             self._size += itemsize * int(length or 1)
-        self._types: dict[str, np.dtype[Any]] = {}
-        self._labels: dict[str, int] = {}
+        self.types: dict[str, np.dtype[Any]] = {}
+        self.labels: dict[str, int] = {}
         self.blocks: list[list[Instruction]] = [[]]
         for statement in re.findall(r"[^;\n]*?:(?=\s)|[^;\n]+", body):
             self._parse(statement.strip())
@@ -148,10 +152,10 @@ class Kernel:
     def _parse(self, statement: str) -> None:
         if label := re.fullmatch(r"([\w$]+):", statement):
             self.blocks.append([])
-            self._labels[label[1]] = len(self.blocks) - 1
+            self.labels[label[1]] = len(self.blocks) - 1
         elif declared := re.fullmatch(r"\.reg\s+\.(\w+)\s+(%\w+)(?:<\d+>)?", statement):
             if declared[1] in _TYPES:
-                self._types[declared[2]] = _TYPES[f"u{declared[1][1:]}" if declared[1] != "pred" else "pred"]
+                self.types[declared[2]] = _TYPES[f"u{declared[1][1:]}" if declared[1] != "pred" else "pred"]
         elif statement not in ("", "{", "}") and not statement.startswith(".pragma"):
             found = re.fullmatch(r"(?:@(!?%\w+)\s+)?([a-z]\w*)((?:\.\w+)*)(?:\s+(.*))?", statement)
             if found is None:
@@ -193,14 +197,6 @@ class Kernel:
                     batch, lanes = [], 0
         if batch:
             _Run(self, memory, batch).finish()
-
-    def register_type(self, name: str) -> np.dtype[Any]:
-        """Return the unsigned type of a register."""
-        return self._types[name if name in self._types else name.rstrip("0123456789")]
-
-    def target(self, label: str) -> int:
-        """Return the index of the block at a label."""
-        return self._labels[label]
 
 
 class _Run:
@@ -251,7 +247,7 @@ class _Run:
         if name == "ret":
             self._block[lanes] = len(self._kernel.blocks)
         elif name == "bra":
-            self._block[lanes] = self._kernel.target(operands[0])
+            self._block[lanes] = self._kernel.labels[operands[0]]
         elif name == "ld" and modifiers[0] == "param":
             self._write(operands[0], self._parameter(operands[1], _TYPES[modifiers[-1]], lanes), lanes)
         elif name in ("ld", "st") and not {"local", "shared", "const"} & {*modifiers}:
@@ -261,8 +257,6 @@ class _Run:
         elif name == "cvt":
             source = self._read(operands[1], _TYPES[modifiers[1]], lanes)
             self._write(operands[0], source.astype(_TYPES[modifiers[0]]), lanes)
-        elif name == "mov" and "{" in "".join(operands):
-            self._regroup(operands, _TYPES[modifiers[0]], lanes)
         else:
             self._write(operands[0], self._compute(name, modifiers, operands[1:], lanes), lanes)
 
@@ -310,17 +304,6 @@ class _Run:
         if name == "st":
             self._memory.stores[dtype.itemsize * len(group)] += len(addresses)
 
-    def _regroup(self, operands: tuple[str, ...], dtype: np.dtype[Any], lanes: Lanes) -> None:
-        parts = next(x for x in operands if x.startswith("{")).strip("{}").replace(" ", "").split(",")
-        half = np.dtype(f"u{dtype.itemsize // len(parts)}")
-        if operands[0].startswith("{"):
-            whole = np.ascontiguousarray(self._read(operands[1], dtype, lanes)).view(half).reshape(-1, len(parts))
-            for k, part in enumerate(parts):
-                self._write(part, whole[:, k], lanes)
-        else:
-            columns = np.broadcast_arrays(*(self._read(part, half, lanes) for part in parts))
-            self._write(operands[0], np.stack(columns, axis=1).view(dtype)[:, 0], lanes)
-
     def _read(self, operand: str, dtype: np.dtype[Any], lanes: Lanes) -> Array:
         if operand.startswith("!"):
             return ~self._read(operand[1:], dtype, lanes)
@@ -333,7 +316,7 @@ class _Run:
 
     def _write(self, register: str, values: Array, lanes: Lanes) -> None:
         if register not in self._registers:
-            self._registers[register] = np.zeros(len(self._block), self._kernel.register_type(register))
+            self._registers[register] = np.zeros(len(self._block), self._kernel.types[register.rstrip("0123456789")])
         self._registers[register][lanes] = values  # wraps, and extends the sign of a signed value
 
 
@@ -342,16 +325,8 @@ def _double(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _high(a: Array, b: Array) -> Array:
-    if a.dtype.itemsize < 8:
-        upper: Array = (a.astype(_double(a.dtype)) * b) >> np.array(8 * a.dtype.itemsize, _double(a.dtype))
-        return upper
-    if a.dtype.kind == "i":
-        raise PTXError("mul.hi.s64 is not known")
-    low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    middle = (a >> half) * (b & low) + ((a & low) * (b & low) >> half)
-    cross = (a & low) * (b >> half) + (middle & low)
-    high: Array = (a >> half) * (b >> half) + (middle >> half) + (cross >> half)
-    return high
+    exact: Array = a.astype(object) * b.astype(object) >> 8 * a.dtype.itemsize
+    return exact.astype(a.dtype)
 
 
 def _divided(a: Array, b: Array) -> Array:

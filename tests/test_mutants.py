@@ -40,9 +40,9 @@ CUPY = [
         test_ptx.test_first_and_last_block_of_a_tebibyte, {"nbytes": 1 << 40, "offset": 0},
     ),
     Mutant(
-        "bytes where 16 could be stored", "fill_run", "const u64 units = (nbytes - head) / 16;",
-        "const u64 units = (nbytes - head) / 16; if (thread == 0) store(address + nbytes - 1, 1, high >> 56, 0);",
-        test_ptx.test_16_byte_stores_in_the_body,
+        "8 bytes at once instead of 16", "fill_run", "store(at + n * 16, 16, low, high)",
+        "store(at + n * 16, 8, low, high), store(at + n * 16 + 8, 8, high, low)",
+        test_ptx.test_single_runs,
     ),
     Mutant("search ends a row late", "fill_runs", "ends[middle] > chunk", "ends[middle] >= chunk",
            test_ptx.test_run_table_search, {"rows": 9}),
