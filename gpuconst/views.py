@@ -115,13 +115,10 @@ def extents(arrays: Sequence[Any]) -> list[tuple[int, int]]:
     arrays : sequence of array
         Meta and fake tensors, and arrays that have lost their memory, are at address 0.
     """
-    if not all(map(is_tensor, arrays)):
-        return [_extent(x) for x in arrays]
-    try:
-        torch = sys.modules["torch"]
-        return list(zip(map(torch.Tensor.data_ptr, arrays), map(operator.attrgetter("nbytes"), arrays), strict=True))
-    except (KeyError, RuntimeError):  # no arrays; one that has no memory of its own
-        return [_extent(x) for x in arrays]
+    torch = sys.modules.get("torch")
+    if torch is None or not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, arrays)):
+        return [_extent(x) for x in arrays]  # a DTensor's own address is no memory's
+    return list(zip(map(torch.Tensor.data_ptr, arrays), map(operator.attrgetter("nbytes"), arrays), strict=True))
 
 
 def _extent(x: Any) -> tuple[int, int]:
