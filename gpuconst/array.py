@@ -175,7 +175,7 @@ class Array:
         if copy or target != here:
             source = self._copied_to(self._place if target == here else select("cpu"))
         if consumer is not None and target == here:
-            self._place.module.order(self._stream, consumer, self._place.ordinal)
+            source._place.module.hand_over(source._carrier, self._stream, consumer)
         # Ordered above, for every backend alike: -1 tells the carrier's exporter not to.
         capsule = source._carrier.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
         versioned = max_version is not None and max_version[0] >= 1

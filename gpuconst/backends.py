@@ -67,6 +67,9 @@ class Backend(Protocol):
     def copy(self, target: int, source: int, nbytes: int, index: int, stream: int) -> None:
         """Copy bytes between addresses of device `index` or the host, in stream order."""
 
+    def hand_over(self, carrier: Any, first: int, then: int) -> None:
+        """Make stream `then` wait for stream `first`, and the memory of the carrier outlive its work there."""
+
     def order(self, first: int, then: int, index: int) -> None:
         """Make stream `then` wait for what stream `first` has been given so far."""
 

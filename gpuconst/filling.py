@@ -66,14 +66,26 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     element = encode(fill_value, view.dtype)
     place = select(view.device)
     handle = view.stream if stream is None else stream_handle(stream, place)
-    if handle != view.stream and not is_torch:
-        place.module.order(view.stream, handle, place.ordinal)
+    if handle != view.stream:
+        _wait_for_owner(x, view.stream, handle, place)
     place.module.fill([Region(view.address, view.shape, view.strides, element)], place.ordinal, handle)
     if is_torch:
         mark_written([x])
     elif isinstance(x, Array):
         x._stream = handle
     return x
+
+
+def _wait_for_owner(x: Any, owner: int, handle: int, place: Place) -> None:
+    """Order a stream that was asked for after the one that the array was last filled or exported on.
+
+    Not after the current stream of a framework: there, as in the framework's own calls, it is the
+    caller who orders a stream of theirs.
+    """
+    if isinstance(x, Array):
+        place.module.hand_over(x._carrier, owner, handle)
+    elif not is_tensor(x):
+        place.module.order(owner, handle, place.ordinal)
 
 
 def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> None:
@@ -150,7 +162,7 @@ class FillPlan:
         start = time.perf_counter()
         self._arrays, self._steps = _prepared(xs, fill_values, None)
         for step in self._steps:
-            step.place.module.synchronize(step.place.ordinal, 0)  # any later stream finds the table there
+            step.settle()
         self._tensors = _tensors(self._arrays)
         self._restricted = restricted(self._tensors)
         self._extents = extents(self._arrays)
@@ -199,21 +211,27 @@ class FillPlan:
 class _Step:
     """One launch: a batch, the place that fills it, and whose streams it has to respect."""
 
-    __slots__ = ("_batch", "_kinds", "_ours", "_run", "nbytes", "place")
+    __slots__ = ("_batch", "_kinds", "_ours", "_prepared_on", "_run", "nbytes", "place")
 
     def __init__(self, place: Place, batch: Batch, arrays: Sequence[Any]) -> None:
         self.place = place
         self._batch = batch
         self.nbytes = batch.nbytes
         self._run: Callable[[int], None] | None = None
+        self._prepared_on = 0
         on_gpu = place.device != "cpu"
         self._ours = [x for x in arrays if isinstance(x, Array) and x.device == place.device] if on_gpu else []
         self._kinds = set(map(type, arrays)) if on_gpu else set()
 
     def prepare(self, stream: Any) -> None:
+        self._prepared_on, _ = self._streams(stream)
         self._run = self.place.module.prepare(
-            self._batch.runs, self._batch.strided, self.place.ordinal, self._streams(stream)[0]
+            self._batch.runs, self._batch.strided, self.place.ordinal, self._prepared_on
         )
+
+    def settle(self) -> None:
+        """Wait until the table is in place, for whichever stream reads it then."""
+        self.place.module.synchronize(self.place.ordinal, self._prepared_on)
 
     def fill(self, stream: Any) -> None:
         assert self._run is not None
@@ -221,23 +239,23 @@ class _Step:
         handle, others = self._streams(stream)
         for other in others:
             place.module.order(other, handle, place.ordinal)
-        self._run(handle)
-        if stream is None:
-            for other in others:
-                place.module.order(handle, other, place.ordinal)
         for array in self._ours:
-            array._stream = handle
+            if array._stream != handle:
+                place.module.hand_over(array._carrier, array._stream, handle)
+                array._stream = handle
+        self._run(handle)
+        for other in others:
+            place.module.order(handle, other, place.ordinal)
 
     def _streams(self, stream: Any) -> tuple[int, list[int]]:
-        """Return the stream to fill on, and those that it has to wait for."""
+        """Return the stream to fill on, and the frameworks' other current ones, which it joins."""
         if self.place.device == "cpu":
             return 0, []
-        ours = {array._stream: None for array in self._ours}
         if stream is not None:
-            handle = stream_handle(stream, self.place)
-            return handle, [other for other in ours if other != handle]
-        handles = list({**dict.fromkeys(current_streams(self._kinds, self.place.ordinal)), **ours})
-        return (handles[0], handles[1:]) if handles else (0, [])
+            return stream_handle(stream, self.place), []
+        handles = list(dict.fromkeys(current_streams(self._kinds, self.place.ordinal)))
+        handles = handles or [array._stream for array in self._ours[:1]] or [0]
+        return handles[0], handles[1:]
 
 
 def _prepared(xs: Iterable[Any], fill_values: Any, stream: Any) -> tuple[list[Any], list[_Step]]:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
 from .backends import Place
 
 __all__ = ["consumer_handle", "current_streams", "stream_handle"]
+
+
+class _Handle(int):
+    """A handle that keeps its stream alive: memory is given back on it, long after the call it was given to."""
+
+    owner: Any
+
+    def __new__(cls, value: int, owner: Any) -> Self:
+        handle = super().__new__(cls, value)
+        handle.owner = owner
+        return handle
 
 
 def stream_handle(stream: Any, place: Place) -> int:
@@ -42,11 +53,11 @@ def stream_handle(stream: Any, place: Place) -> int:
     if isinstance(index, int) and index >= 0 and index != place.ordinal:
         raise ValueError(f"{stream!r} is a stream of cuda:{index}, the memory is on {place.device}")
     if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
+        return _Handle(stream.__cuda_stream__()[1], stream)
     for name in ("cuda_stream", "ptr", "handle"):  # torch; CuPy; Numba
         handle = getattr(stream, name, None)
         if handle is not None:
-            return int(getattr(handle, "value", handle) or 0)
+            return _Handle(getattr(handle, "value", handle) or 0, stream)
     if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
         return stream
     raise TypeError(

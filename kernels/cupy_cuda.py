@@ -12,6 +12,7 @@ import numpy as np
 
 from . import cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
+from .cuda_lease import Lease
 from .runs import BLOCK, CHUNK, LANES, RUN, THREADS, TILE, Launch, Region, run_launch, tile
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "current_index",
     "fill",
     "full",
+    "hand_over",
     "order",
     "prepare",
     "synchronize",
@@ -88,14 +90,29 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     import cupy
 
     cuda_driver.refuse_capture(index, stream)
+    nbytes = math.prod(shape) * dtype.itemsize
     with cupy.cuda.Device(index), _stream(stream):
         try:
-            array = cupy.empty(shape, dtype)
+            memory = cupy.cuda.alloc(nbytes or 1)  # a size of 0 has no address
         except (MemoryError, cupy.cuda.runtime.CUDARuntimeError) as error:
             if getattr(error, "status", _OUT_OF_MEMORY) != _OUT_OF_MEMORY:
                 raise
-            raise cuda_driver.out_of_memory(math.prod(shape) * dtype.itemsize, index) from error
-    return array, array.data.ptr
+            raise cuda_driver.out_of_memory(nbytes, index) from error
+        leased = cupy.cuda.UnownedMemory(memory.ptr, nbytes or 1, Lease(memory, index, stream), index)
+        return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(leased, 0)), memory.ptr
+
+
+def hand_over(carrier: Any, first: int, then: int) -> None:
+    """Make stream `then` wait for stream `first`; the memory is given back when `then` is done with it.
+
+    Parameters
+    ----------
+    carrier : cupy.ndarray
+        From `allocate`, `carve` or `full`.
+    first, then : int
+        Handles of streams.
+    """
+    carrier.data.mem._owner.hand_over(first, then)
 
 
 def carve(

@@ -248,6 +248,10 @@ def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None
     ctypes.memmove(target, source, nbytes)
 
 
+def hand_over(carrier: Any, first: int, then: int) -> None:
+    """Do nothing: the CPU has no streams."""
+
+
 def order(first: int, then: int, index: int) -> None:
     """Do nothing: the CPU has no streams."""
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import cubin_cache, cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
+from .cuda_lease import Lease
 from .runs import THREADS, Launch, Region, run_launch, tile
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "current_index",
     "fill",
     "full",
+    "hand_over",
     "order",
     "prepare",
     "synchronize",
@@ -101,19 +103,34 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     RuntimeError
         If a CUDA graph is being captured.
     """
+    from cuda.core import Buffer
     from cuda.core.utils import StridedMemoryView
 
     nbytes = math.prod(shape) * dtype.itemsize
     with cuda_driver.primary_context(index):
         try:
             # A size of 0 has no address; one byte has.
-            buffer = _pool(index).allocate(nbytes or 1, stream=_stream(stream))
+            memory = _pool(index).allocate(nbytes or 1, stream=_stream(stream))
         except Exception as error:
             cuda_driver.refuse_capture(index, stream)
             if "CUDA_ERROR_OUT_OF_MEMORY" not in str(error):
                 raise
             raise cuda_driver.out_of_memory(nbytes, index) from error
-        return StridedMemoryView.from_buffer(buffer, shape, dtype=dtype), int(buffer.handle)
+        buffer = Buffer.from_handle(memory.handle, nbytes or 1, owner=Lease(memory, index, stream))
+        return StridedMemoryView.from_buffer(buffer, shape, dtype=dtype), int(memory.handle)
+
+
+def hand_over(carrier: Any, first: int, then: int) -> None:
+    """Make stream `then` wait for stream `first`; the memory is given back when `then` is done with it.
+
+    Parameters
+    ----------
+    carrier : cuda.core.utils.StridedMemoryView
+        From `allocate`, `carve` or `full`.
+    first, then : int
+        Handles of streams.
+    """
+    carrier.exporting_obj.owner.hand_over(first, then)
 
 
 def carve(
@@ -138,7 +155,7 @@ def carve(
     views = []
     for offset, shape, dtype in zip(offsets, shapes, dtypes, strict=True):
         nbytes = math.prod(shape) * dtype.itemsize
-        part = Buffer.from_handle(carrier.ptr + offset, nbytes, owner=carrier)
+        part = Buffer.from_handle(carrier.ptr + offset, nbytes or 1, owner=carrier.exporting_obj.owner)
         views.append(StridedMemoryView.from_buffer(part, shape, dtype=dtype))
     return views
 
