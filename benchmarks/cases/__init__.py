@@ -1,0 +1,28 @@
+"""The cases, one file each, in the order in which they run."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from benchmarks.contest import Case
+
+CPU = [
+    "first_touch",
+    "creation",
+    "fill",
+    "handover",
+    "keras_initializers",
+    "many_new",
+    "many_existing",
+    "growth",
+    "startup",
+    "memory",
+    "keras_memory",
+]
+GPU = ["gpu_device", "gpu_host", "gpu_end_to_end", "gpu_many"]
+
+
+def load(name: str) -> Case:
+    """Return a case; its file is `CASE` in the module of its name, which imports no library that it measures."""
+    return cast(Case, importlib.import_module(f"benchmarks.cases.{name}").CASE)

@@ -1,0 +1,79 @@
+"""What an in-place fill costs, of memory that has been touched before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.cases.peers import GIB, ITEMSIZE, KIB, MIB, check_filled
+from benchmarks.contest import VALUE, Case, Contender, Row
+from benchmarks.table import size
+
+_SIZES = [4, 4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB]
+_QUICK_SIZES = [4, MIB]
+_POISON = -7.0
+
+
+@functools.lru_cache(maxsize=1)
+def _memory(nbytes: int) -> Any:
+    """Return the one array that all contenders of a row fill."""
+    import numpy as np
+
+    return np.empty(nbytes // ITEMSIZE, np.float32)
+
+
+def _poisoned(nbytes: int) -> Any:
+    memory = _memory(nbytes)
+    memory[...] = _POISON
+    return memory
+
+
+def _gpuconst(nbytes: int) -> Callable[[], Any]:
+    import gpuconst
+
+    return functools.partial(gpuconst.fill, _poisoned(nbytes), VALUE)
+
+
+def _gpuconst_torch(nbytes: int) -> Callable[[], Any]:
+    import torch
+
+    import gpuconst
+
+    return functools.partial(gpuconst.fill, torch.from_numpy(_poisoned(nbytes)), VALUE)
+
+
+def _numpy(nbytes: int) -> Callable[[], Any]:
+    memory = _poisoned(nbytes)
+
+    def run() -> Any:
+        memory.fill(VALUE)
+        return memory
+
+    return run
+
+
+def _torch(nbytes: int) -> Callable[[], Any]:
+    import torch
+
+    return functools.partial(torch.from_numpy(_poisoned(nbytes)).fill_, VALUE)
+
+
+_CONTENDERS = [
+    Contender("fill(ndarray)", _gpuconst, ours=True),
+    Contender("fill(tensor)", _gpuconst_torch, ours=True),
+    Contender("ndarray.fill", _numpy),
+    Contender("Tensor.fill_, 1 thread", _torch, threads=1),
+    Contender("Tensor.fill_, 2 threads", _torch, threads=2),
+]
+
+
+def rows(quick: bool) -> list[Row]:
+    """Return a row for each size."""
+    return [
+        Row(size(nbytes), _CONTENDERS, {"nbytes": nbytes}, x=nbytes, nbytes=nbytes)
+        for nbytes in (_QUICK_SIZES if quick else _SIZES)
+    ]
+
+
+CASE = Case("Fill in place", rows, check=check_filled, axis="bytes")

@@ -1,0 +1,58 @@
+"""How much memory arrays take, at most, while they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.cases import peers
+from benchmarks.cases.pages import peak
+from benchmarks.cases.peers import GIB, KIB, MIB
+from benchmarks.contest import Case, Contender, Row
+from benchmarks.table import size
+
+_SIZES = {4 * KIB: 16384, 64 * KIB: 1024, MIB: 64, 16 * MIB: 4, 256 * MIB: 1, GIB: 1}
+_QUICK_SIZES = {64 * KIB: 64, 16 * MIB: 1}
+
+_kept: list[Any] = []
+
+
+def _weighed(contender: Contender) -> Contender:
+    """Return a contender that makes arrays, keeps them, and returns the bytes that took at the peak."""
+
+    def make(nbytes: int, count: int) -> Callable[[], float]:
+        full = contender.make(nbytes)
+        _kept.append(full())  # what the library takes for itself, once or once a shape, is no array's
+
+        def measure() -> float:
+            made, most = peak(lambda: [full() for _ in range(count)])
+            peers.check_filled(made[-1])
+            _kept.extend(made)
+            return most
+
+        return measure
+
+    return Contender(contender.name, make, contender.ours, contender.threads)
+
+
+_CONTENDERS = [_weighed(each) for each in (peers.GPUCONST, peers.NUMPY, peers.TORCH, peers.JAX, peers.TENSORFLOW)]
+#: Without TensorFlow, whose import takes as long as all else.
+_QUICK_CONTENDERS = _CONTENDERS[:-1]
+
+
+def rows(quick: bool) -> list[Row]:
+    """Return a row for each size, so many that together they are 64 MiB or more."""
+    contenders = _QUICK_CONTENDERS if quick else _CONTENDERS
+    return [
+        Row(
+            f"{count} x {size(nbytes)}",
+            contenders,
+            {"nbytes": nbytes, "count": count},
+            x=nbytes,
+            nbytes=nbytes * count,
+        )
+        for nbytes, count in (_QUICK_SIZES if quick else _SIZES).items()
+    ]
+
+
+CASE = Case("Peak memory", rows, unit="bytes", axis="bytes", fresh=True, rounds=3)

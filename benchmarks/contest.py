@@ -1,0 +1,101 @@
+"""What a benchmark is made of: a case, its rows, and the contenders of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+#: What everything is filled with. Never 0, which peers get from the system or with a memset.
+VALUE = 1.1
+
+
+class MissingError(Exception):
+    """A contender cannot take part on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a row's work.
+
+    Attributes
+    ----------
+    name : str
+        As in the table; unique in its row.
+    make : callable
+        Takes the row's arguments, does what needs to be done once, and returns the function to measure.
+        May raise `MissingError`; a library that is not installed counts as that.
+    ours : bool
+        Whether it is gpuconst, and so is compared with those that are not.
+    threads : int or None
+        What ``torch.set_num_threads`` is given, None for the number of cores.
+    environment : mapping of str to str
+        Environment variables of the process it runs in, beside the row's.
+    """
+
+    name: str
+    make: Callable[..., Callable[[], Any]]
+    ours: bool = False
+    threads: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a case: the same work for each contender.
+
+    Attributes
+    ----------
+    label : str
+        As in the table.
+    contenders : sequence of Contender
+        In the order in which they take turns.
+    arguments : mapping of str to object
+        Of each contender's `make`.
+    x : float or None
+        Where the row is on the axis of a plot; None leaves it out.
+    nbytes : int
+        Bytes that one call fills, 0 where that means nothing.
+    environment : mapping of str to str
+        Environment variables of the processes.
+    """
+
+    label: str
+    contenders: Sequence[Contender]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    x: float | None = None
+    nbytes: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question, and the rows that answer it.
+
+    Attributes
+    ----------
+    title : str
+        One line.
+    rows : callable
+        Takes whether the run is a quick one; the same rows at every call, for the worker makes its own.
+    check : callable or None
+        Takes what a contender's function returned, and raises if that is not what it should be; the
+        function is then timed in a loop. None: contenders check their work and return the figure
+        themselves.
+    unit : str
+        ``"s"``, ``"bytes"``.
+    axis : str
+        What `Row.x` counts, ``"bytes"`` or ``"arrays"``; empty where there is nothing to plot.
+    fresh : bool
+        Whether each round and contender gets a process of its own, in which it goes through all rows.
+    rounds : int
+        The most rounds of a full run.
+    """
+
+    title: str
+    rows: Callable[[bool], list[Row]]
+    check: Callable[[Any], None] | None = None
+    unit: str = "s"
+    axis: str = ""
+    fresh: bool = False
+    rounds: int = 25

@@ -1,0 +1,55 @@
+"""Copies of the package to measure: of the working tree, or of a revision of it."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_SOURCES = ("gpuconst", "kernels")
+
+
+def snapshot(revision: str | None, folder: Path) -> Path:
+    """Copy the package into a folder that can be imported from, whatever is installed.
+
+    Both sides of a comparison are copies, and what is edited during a run changes neither.
+
+    Parameters
+    ----------
+    revision : str or None
+        Anything git takes for a commit; None for the working tree.
+    folder : Path
+        Made here.
+
+    Returns
+    -------
+    Path
+        `folder`.
+
+    Raises
+    ------
+    ValueError
+        If git knows no such revision, or it has no package.
+    """
+    folder.mkdir()
+    if revision is None:
+        for source in _SOURCES:
+            shutil.copytree(ROOT / source, folder / source, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        done = subprocess.run(["git", "-C", str(ROOT), "archive", revision, *_SOURCES], capture_output=True)
+        if done.returncode:
+            raise ValueError(f"git has no {revision!r} to compare with: {done.stderr.decode().strip()}")
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+            archive.extractall(folder, filter="data")
+    (folder / "kernels").rename(folder / "gpuconst" / "kernels")
+    return folder
+
+
+def commit() -> str:
+    """Return the short name of the working tree's commit, with a mark where it has been changed since."""
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
