@@ -10,6 +10,7 @@ import ctypes
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -364,6 +365,43 @@ def test_no_event_where_there_is_nothing_to_wait_for(consumer: Any) -> None:
 
 
 @on_standin()
+def test_memory_is_given_back_after_its_consumers_are_done() -> None:
+    producer, first, second = new_stream(), new_stream(), new_stream()
+    array = gpuconst.full(1000, 1.0, device="cuda", stream=producer)
+    capsules = [array.__dlpack__(stream=stream, max_version=(1, 1)) for stream in (first, second, first, producer)]
+    before = len(calls())
+    del array
+    assert [line for line in calls()[before:] if "Free" in line] == []
+    del capsules
+    gc.collect()
+    ended = [line.split() for line in calls()[before:]]
+    recorded = [line for line in ended if line[0] == "cuEventRecord"]
+    waited = [line for line in ended if line[0] == "cuStreamWaitEvent"]
+    assert len(recorded) == len(waited) == 2  # each consumer once, the producer never
+    names = [line[0] for line in ended]
+    assert names.index("cuMemFreeAsync") > max(n for n, name in enumerate(names) if name == "cuStreamWaitEvent")
+
+
+@on_standin()
+def test_an_array_keeps_its_stream() -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.handle = new_stream()
+
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, self.handle
+
+    stream = Stream()
+    noticed = weakref.ref(stream)
+    array = gpuconst.full(1000, 1.0, device="cuda", stream=stream)
+    capsule = array.__dlpack__(stream=-1, max_version=(1, 1))
+    del stream, array
+    gc.collect()
+    assert noticed() is not None
+    del capsule
+
+
+@on_standin()
 def test_filling_on_another_stream_waits_for_the_first() -> None:
     first, second = new_stream(), new_stream()
     array = gpuconst.full(10, 1.0, device="cuda", stream=first)
@@ -376,6 +414,41 @@ def test_filling_on_another_stream_waits_for_the_first() -> None:
 
 
 FENCES = ("cuEventRecord", "cuStreamWaitEvent", "launch", "cuMemcpyAsync", "cuStreamSynchronize")
+
+
+@pytest.mark.parametrize("use", ["export", "fill", "fill_many", "plan"])
+@on_standin()
+def test_memory_is_given_back_after_the_streams_that_use_it(use: str) -> None:
+    producer, consumer = new_stream(), new_stream()
+    arrays = [gpuconst.full(10, 1.0, device="cuda", stream=producer)]
+    if use == "export":
+        arrays = [arrays.pop().__dlpack__(stream=consumer, max_version=(1, 1))]
+    elif use == "fill":
+        gpuconst.fill(arrays[0], 2.0, stream=consumer)
+    elif use == "fill_many":
+        gpuconst.fill_many(arrays, 2.0, stream=consumer)
+    else:
+        gpuconst.plan_fill(arrays, 2.0).fill(stream=consumer)
+    names = ("cuEventRecord", "cuStreamWaitEvent", "cuMemFreeAsync")
+    before = calls(*names)
+    arrays.clear()
+    record, wait, free = calls(*names)[len(before) :]
+    event = record.split()[1]
+    assert record == f"cuEventRecord {event} stream={consumer:#x}"
+    assert wait == f"cuStreamWaitEvent stream={producer:#x} {event}"
+    assert free == f"cuMemFreeAsync stream={producer:#x}"
+
+
+@on_standin()
+def test_memory_is_given_back_although_a_stream_that_used_it_is_gone() -> None:
+    producer, consumer = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    gpuconst.fill(array, 2.0, stream=consumer)
+    driver().cuStreamDestroy_v2(ctypes.c_void_p(consumer))
+    del array
+    assert not alive("m")
+    assert not alive("e")
+    assert current_context() == 0
 
 
 @on_standin()
