@@ -274,7 +274,11 @@ def _record(stream: int) -> ctypes.c_void_p:
     cuda = _library()
     event = ctypes.c_void_p()
     _check(cuda.cuEventCreate(ctypes.byref(event), _DISABLE_TIMING))
-    _check(cuda.cuEventRecord(event, stream))
+    try:
+        _check(cuda.cuEventRecord(event, stream))
+    except RuntimeError:
+        cuda.cuEventDestroy_v2(event)
+        raise
     return event
 
 
