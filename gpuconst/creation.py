@@ -76,7 +76,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     dims = check_shape(shape, row.itemsize)
     element = encode(fill_value, row)
     place = select(device)
-    handle = stream_handle(stream, place)
+    handle = 0 if stream is None else stream_handle(stream, place)
     carrier, address = place.module.full(dims, row.carrier, element, place.ordinal, handle)
     return Array(carrier, address, dims, row, place, handle)
 
@@ -193,5 +193,6 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
         name: Array(carrier, address + offset, shape, row, place, handle)
         for name, carrier, offset, shape, row in zip(specs, carriers, starts, shapes, rows, strict=True)
     }
-    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), total, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), sum(lengths), seconds)
     return made
