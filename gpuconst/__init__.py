@@ -40,7 +40,7 @@ __all__ = [
     "zeros",
 ]
 
-_ADAPTERS = {"keras"}
+_ADAPTERS = {"jax", "keras", "torch"}
 _LAZY = {"Constant": "keras", "Ones": "keras", "Zeros": "keras"}
 
 

@@ -1,0 +1,88 @@
+"""Values for named tensors by glob: the first rule that matches a name gives the value."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["Rules"]
+
+_GLOB = re.compile(r"[*?\[]")
+#: Nearest names that an error shows.
+_NEAREST = 3
+
+
+class Rules:
+    """Globs and their values, in the order in which they are tried.
+
+    Parameters
+    ----------
+    rules : mapping of str to value
+        Keys are globs as of `fnmatch`: ``*`` matches anything, dots included, ``?`` one character and
+        ``[ab]`` one of several; upper and lower case differ.
+
+    Raises
+    ------
+    TypeError
+        If it is no mapping, or a key is no string.
+    """
+
+    def __init__(self, rules: Mapping[str, Any]) -> None:
+        if not isinstance(rules, Mapping):
+            raise TypeError(f"rules is {type(rules).__name__}, expected a mapping of globs to values")
+        for glob in rules:
+            if not isinstance(glob, str):
+                raise TypeError(f"the rule {glob!r} is {type(glob).__name__}, expected a glob: a string")
+        self.globs = list(rules)
+        self.values = list(rules.values())
+        self._matches = [re.compile(fnmatch.translate(glob)).match for glob in self.globs]
+
+    def first(self, names: Sequence[str]) -> int | None:
+        """Return the index of the first rule that matches any of the names that one tensor has."""
+        for index, matches in enumerate(self._matches):
+            if any(map(matches, names)):
+                return index
+        return None
+
+    def check_used(self, names: Sequence[str], chosen: Mapping[str, int]) -> None:
+        """Refuse rules without effect, where that can only be a mistake.
+
+        Parameters
+        ----------
+        names : sequence of str
+            All that a rule can match.
+        chosen : mapping of str to int
+            For each name the index of the rule that its tensor follows.
+
+        Raises
+        ------
+        ValueError
+            If a rule matches no name, or names a tensor in full that follows a rule with another value.
+        """
+        for index, (glob, matches) in enumerate(zip(self.globs, self._matches, strict=True)):
+            if not any(map(matches, names)):
+                raise ValueError(f"the rule {glob!r} matches nothing; {_nearest(glob, names)}")
+            winner = chosen.get(glob, index)
+            if winner != index and not _GLOB.search(glob) and self.values[winner] is not self.values[index]:
+                raise ValueError(
+                    f"the rule {glob!r} has no effect: its tensor follows {self.globs[winner]!r}, which comes first, "
+                    "there or under a name that it is tied to; put the rule before that one, or drop it"
+                )
+
+
+def _nearest(glob: str, names: Sequence[str]) -> str:
+    if not names:
+        return "there are no tensors"
+    # A glob that is open at its beginning is about how names end.
+    parts = glob.count(".") + 1 if glob.startswith("*") else 0
+    compare = difflib.SequenceMatcher(b=glob)
+
+    def likeness(name: str) -> float:
+        compare.set_seq1(".".join(name.split(".")[-parts:]))
+        return compare.ratio()
+
+    nearest = sorted(names, key=likeness, reverse=True)[:_NEAREST]
+    return f"the nearest of {len(names)} names: {', '.join(map(repr, nearest))}"

@@ -1,0 +1,350 @@
+"""torch modules from the meta device to filled memory, in one pass."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from .array import Array
+from .backends import select
+from .batch import writable_view
+from .dtypes import resolve_dtype
+from .filling import fill, fill_many
+from .rules import Rules
+from .torch_rules import has_memory, local_part
+from .values import encode
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError("torch is not installed; pip install 'gpuconst[torch]'", name="torch") from error
+
+from .torch_weights import Computed, computed_weights, refresh
+
+__all__ = ["materialize_"]
+
+_log = logging.getLogger("gpuconst")
+
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> M:
+    """Give every parameter and buffer of a module its value, and memory where it has none.
+
+    Rules, values and what can be written are checked before anything is. What is on the meta device
+    gets memory of its own, which joins the module when all of it has its values: a tensor under several
+    names stays one tensor, and types, attributes, ``requires_grad`` and the persistence of buffers stay.
+    What has memory is filled in place. Constants take one launch per device.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Whole or in part on the meta device, or in real memory. Of DTensors, those of FSDP2 among them,
+        the local shards are filled.
+    rules : mapping of str to scalar, bytes or callable
+        For globs on the qualified names of parameters and buffers (``*`` matches dots too): a value as
+        for `full`, or a function that initialises a tensor in place, such as those of `torch.nn.init`.
+        The first rule that matches wins, of a tied tensor under any of its names. Functions run under
+        ``torch.no_grad()``, in the order of the module. A parametrized or weight-normed weight is set by
+        its own name, through its originals, or they are by theirs.
+    device : optional
+        Where to get memory; by default on torch's default device, for a DTensor on its mesh's.
+
+    Returns
+    -------
+    torch.nn.Module
+        `module` itself.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is covered by no rule, a rule matches nothing, a parametrization cannot give its
+        weight the value, a tensor in real memory is not on `device`, or a tensor without memory cannot
+        get it.
+    TypeError
+        If a value is of another kind than the dtype, or a tensor cannot be written.
+    OverflowError
+        If a value does not fit the dtype.
+    OutOfMemoryError
+        If the device has no memory left.
+
+    Notes
+    -----
+    What a function raises passes through. A module on the meta device is then as it was; in real memory,
+    what functions wrote before it stays written.
+
+    Examples
+    --------
+    >>> import gpuconst, torch
+    >>> with torch.device("meta"):
+    ...     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+    >>> rules = {"*.bias": 0.0, "1.weight": 1.0, "*": torch.nn.init.xavier_normal_}
+    >>> gpuconst.torch.materialize_(model, rules, device="cpu")[1].weight
+    Parameter containing:
+    tensor([1., 1., 1.], requires_grad=True)
+    """
+    start = time.perf_counter()
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module is {type(module).__name__}, expected a torch.nn.Module")
+    ordered = Rules(rules)
+    with torch.no_grad():
+        _reshard(module)
+        tensors, weights = _survey(module)
+        _choose(ordered, tensors, weights)
+        _check_tensors(tensors)
+        homes = _Homes(device)
+        for tensor in tensors:
+            tensor.check(homes.given)
+        originals = [weight.originals(homes) for weight in weights if weight.rule is not None]
+
+        for tensor in tensors:
+            tensor.make(homes)
+        for tensor in tensors:
+            if tensor.rule is not None and callable(tensor.value):
+                _initialise(tensor.value, tensor.made, tensor.said)
+        constant = [tensor for tensor in tensors if tensor.rule is not None and not callable(tensor.value)]
+        fill_many([tensor.made for tensor in constant], [tensor.value for tensor in constant])
+        for tensor, values in itertools.chain.from_iterable(originals):
+            tensor.made.copy_(values)
+        for tensor in tensors:
+            tensor.install()
+    for part in module.modules():
+        refresh(part)
+        if isinstance(part, torch.nn.RNNBase):
+            part.flatten_parameters()
+    _log.debug(
+        "materialized %d tensors, %d of them with constants; took %.6f s",
+        len(tensors),
+        len(constant),
+        time.perf_counter() - start,
+    )
+    return module
+
+
+class _Homes:
+    """The devices on which tensors get memory, each looked up once."""
+
+    def __init__(self, device: Any) -> None:
+        self.given = None if device is None else _resolved(torch.device(device))
+        self._default: dict[str | None, torch.device] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.device:
+        if self.given is not None:
+            return self.given
+        mesh: str | None = tensor.device_mesh.device_type if _is_dtensor(tensor) else None  # type: ignore[attr-defined]
+        if mesh not in self._default:
+            self._default[mesh] = _resolved(torch.get_default_device() if mesh is None else torch.device(mesh))
+        return self._default[mesh]
+
+
+class _Named:
+    """What rules are about: something with names, and the rule that it follows."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.rule: int | None = None
+        self.value: Any = None
+        self.said = ""  # which tensor and rule it is, for messages
+
+    def follow(self, rules: Rules, rule: int) -> None:
+        self.rule, self.value = rule, rules.values[rule]
+        self.said = f"{self.names[0]!r}, by the rule {rules.globs[rule]!r}"
+
+
+class _Tensor(_Named):
+    """A parameter or buffer, once, however many modules and names it has."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.tensor = self.made = tensor
+        self.slots: list[tuple[torch.nn.Module, str]] = []
+        self.has_memory = has_memory(tensor)
+        self.covered = False  # by the rule of a weight that is computed from it
+
+    def check(self, device: torch.device | None) -> None:
+        """Raise what filling it would, and where it is not on the device that was given."""
+        if self.has_memory and device is not None and local_part(self.tensor).device != device:
+            raise ValueError(
+                f"{self.names[0]!r} is in real memory on {local_part(self.tensor).device}, and device={str(device)!r} "
+                "was given; move it there with module.to(), or drop device to fill it in place"
+            )
+        if self.rule is not None and not callable(self.value):
+            with _said(self.said):
+                encode(self.value, resolve_dtype(self.tensor.dtype))
+                if self.has_memory:
+                    writable_view(self.tensor)
+
+    def make(self, homes: _Homes) -> None:
+        if self.has_memory:
+            return
+        old = self.tensor
+        new = _empty_like(old, homes.of(old))
+        if type(old) is torch.Tensor or _is_dtensor(old):
+            new.requires_grad_(old.requires_grad)
+        else:
+            new = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
+        vars(new).update(vars(old))
+        self.made = new
+
+    def install(self) -> None:
+        if not self.has_memory:
+            for owner, name in self.slots:
+                setattr(owner, name, self.made)
+
+
+class _Weight(_Named):
+    """A weight that is computed from others, and has a name of its own nevertheless."""
+
+    def __init__(self, computed: Computed, tensors: list[_Tensor]) -> None:
+        super().__init__()
+        self.computed = computed
+        self.tensors = tensors
+
+    def originals(self, homes: _Homes) -> list[tuple[_Tensor, torch.Tensor]]:
+        """Return what to put into the originals, so that the weight is what its rule says."""
+        names = ", ".join(repr(tensor.names[0]) for tensor in self.tensors)
+        first = self.tensors[0]
+        where = first.tensor.device if first.has_memory else homes.of(first.tensor)
+        with _said(self.said, f"; set {names} by rules of their own"):
+            if any(_is_dtensor(tensor.tensor) for tensor in self.tensors):
+                raise ValueError("a sharded weight is not set through its originals")
+            weight = torch.empty_like(self.computed.outline(), device=where)
+            if callable(self.value):
+                _initialise(self.value, weight, self.said)
+            else:
+                fill(weight, self.value)
+            return list(zip(self.tensors, self.computed.originals_of(weight), strict=True))
+
+
+@contextlib.contextmanager
+def _said(said: str, way_out: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise type(error)(f"{said}: {error}{way_out}") from error
+
+
+def _survey(module: torch.nn.Module) -> tuple[list[_Tensor], list[_Weight]]:
+    """Return the tensors of a module, and the weights that it computes, each once and with all its names."""
+    tensors: dict[int, _Tensor] = {}
+    weights: dict[tuple[int, str], _Weight] = {}
+    parts = list(module.named_modules(remove_duplicate=False))
+    for prefix, owner in parts:
+        for name, tensor in itertools.chain(owner._parameters.items(), owner._buffers.items()):
+            if tensor is not None:
+                found = tensors.setdefault(id(tensor), _Tensor(tensor))
+                found.names.append(f"{prefix}.{name}" if prefix else name)
+                found.slots.append((owner, name))
+    for prefix, owner in parts:
+        for computed in computed_weights(owner):
+            its = [tensors[id(original)] for original in computed.originals()]
+            weight = weights.setdefault((id(owner), computed.name), _Weight(computed, its))
+            weight.names.append(f"{prefix}.{computed.name}" if prefix else computed.name)
+    return list(tensors.values()), list(weights.values())
+
+
+def _choose(rules: Rules, tensors: Sequence[_Tensor], weights: Sequence[_Weight]) -> None:
+    """Give each its rule, and refuse tensors without a rule, and rules without a tensor."""
+    chosen: dict[str, int] = {}
+    for tensor in tensors:
+        rule = rules.first(tensor.names)
+        if rule is not None:
+            tensor.follow(rules, rule)
+    for weight in weights:
+        rules_of_originals = [tensor.rule for tensor in weight.tensors if tensor.rule is not None]
+        rule = rules.first(weight.names)
+        if rule is not None and rule <= min(rules_of_originals, default=rule):
+            weight.follow(rules, rule)
+            for tensor in weight.tensors:
+                tensor.rule, tensor.covered = None, True
+                chosen.update(dict.fromkeys(tensor.names, rule))
+        elif rules_of_originals:
+            chosen.update(dict.fromkeys(weight.names, min(rules_of_originals)))
+    for named in (*tensors, *weights):
+        if named.rule is not None:
+            chosen.update(dict.fromkeys(named.names, named.rule))
+    rules.check_used([name for named in (*tensors, *weights) for name in named.names], chosen)
+    left = [repr(tensor.names[0]) for tensor in tensors if tensor.rule is None and not tensor.covered]
+    if left:
+        raise ValueError(f"no rule covers {', '.join(left)}; a last rule '*' would cover whatever is left")
+
+
+def _check_tensors(tensors: Sequence[_Tensor]) -> None:
+    """Refuse what cannot get memory of its own."""
+    owners: dict[int, str] = {}
+    for found in tensors:
+        if found.has_memory:
+            continue
+        name, tensor = found.names[0], found.tensor
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{name!r} has no shape yet; call the module once, then materialize it")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name!r} has the layout {tensor.layout}, expected torch.strided")
+        dispatched = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        if dispatched and not _is_dtensor(tensor):
+            raise TypeError(
+                f"{name!r} is a {type(tensor).__name__}, which keeps its data in other tensors; "
+                "make the module with plain tensors, under torch.device('meta')"
+            )
+        other = owners.setdefault(local_part(tensor).untyped_storage()._cdata, name)
+        if other != name:
+            raise ValueError(
+                f"{other!r} and {name!r} are different views of one storage, and would no longer be; "
+                "register one tensor, and take views of it where they are needed"
+            )
+
+
+def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor that owns its memory; on the CPU gpuconst's, whose huge pages halve the first touch."""
+    plain = device.type == "cpu" and not _is_dtensor(tensor) and tensor.is_contiguous()
+    try:
+        dtype = resolve_dtype(tensor.dtype)
+    except TypeError:  # a function may know what to do with it
+        plain = False
+    if not plain:
+        return torch.empty_like(tensor, device=device)
+    shape, place = tuple(tensor.shape), select("cpu")
+    carrier, address = place.module.allocate(shape, dtype.carrier, place.ordinal, 0)
+    made: torch.Tensor = Array(carrier, address, shape, dtype, place, 0).to_torch()
+    return made
+
+
+def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, said: str) -> None:
+    try:
+        result = function(tensor)
+    except Exception as error:
+        error.add_note(f"raised for {said}")
+        raise
+    if isinstance(result, torch.Tensor) and result is not tensor:
+        storage, other = local_part(tensor).untyped_storage(), local_part(result).untyped_storage()
+        if storage._cdata != other._cdata:
+            raise TypeError(f"{said}: the function returned a new tensor, expected one that writes: t.copy_(…)")
+
+
+def _resolved(device: torch.device) -> torch.device:
+    """Return a device with its index; one that has memory."""
+    probe = torch.empty(0, device=device)
+    if not has_memory(probe):
+        raise ValueError(f"torch makes tensors without memory on {str(device)!r} here; pass device='cpu' or 'cuda'")
+    return probe.device
+
+
+def _is_dtensor(tensor: torch.Tensor) -> bool:
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
+def _reshard(module: torch.nn.Module) -> None:
+    """Have FSDP2 register its shards: what is written to gathered parameters is lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for part in module.modules():
+            if isinstance(part, fsdp.FSDPModule):
+                part.reshard()

@@ -1,0 +1,143 @@
+"""Weights that torch computes from others: parametrizations, and the older weight norm."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["Computed", "computed_weights", "refresh"]
+
+
+class Computed(NamedTuple):
+    """A weight that is computed from its originals.
+
+    Attributes
+    ----------
+    name : str
+        Of the weight, in its module.
+    slots : list of (torch.nn.Module, str)
+        Where the originals are: their module, and their name there.
+    compute : callable
+        Takes the originals and returns the weight.
+    invert : callable
+        Takes a weight and returns originals of it; NotImplementedError where nobody wrote that.
+    own : list of str
+        Names of further tensors that the weight depends on.
+    kind : str
+        What computes it, for messages.
+    """
+
+    name: str
+    slots: list[tuple[torch.nn.Module, str]]
+    compute: Callable[..., torch.Tensor]
+    invert: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    own: list[str]
+    kind: str
+
+    def originals(self) -> list[torch.Tensor]:
+        """Return the tensors from which the weight is computed."""
+        return [getattr(owner, name) for owner, name in self.slots]
+
+    def outline(self) -> torch.Tensor:
+        """Return the weight on the meta device: its shape and its dtype.
+
+        Raises
+        ------
+        ValueError
+            If it depends on more than its originals.
+        """
+        if self.own:
+            raise ValueError(f"what {self.kind} makes of a value depends on {', '.join(self.own)} as well")
+        return self.compute(*[torch.empty_like(original, device="meta") for original in self.originals()])
+
+    def originals_of(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return originals from which a given weight is computed.
+
+        Raises
+        ------
+        ValueError
+            If there are none, or they cannot be told.
+        """
+        try:
+            originals = self.invert(weight)
+        except NotImplementedError as error:
+            raise ValueError(f"{self.kind} cannot be inverted: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{self.kind} does not take the value: {error}") from error
+        back = self.compute(*originals)
+        # Half of the digits: what a sum over a long row may lose.
+        tolerance = torch.finfo(weight.dtype).eps ** 0.5 * float(weight.abs().max()) if weight.numel() else 0.0
+        if not torch.allclose(back, weight, rtol=0.0, atol=tolerance):
+            at = int((back - weight).abs().nan_to_num(torch.inf).argmax())
+            raise ValueError(
+                f"{self.kind} cannot give that weight: {weight.flatten()[at].item()} would become "
+                f"{back.flatten()[at].item()}"
+            )
+        return originals
+
+
+def computed_weights(owner: torch.nn.Module) -> Iterator[Computed]:
+    """Return the weights that a module, its children aside, computes from others."""
+    if is_parametrized(owner):
+        for name, parametrizations in owner.parametrizations.items():  # type: ignore[union-attr, operator]
+            yield _parametrized(name, parametrizations)
+    for hook in _weight_norms(owner):
+        yield _weight_normed(owner, hook)
+
+
+def _weight_normed(owner: torch.nn.Module, hook: WeightNorm) -> Computed:
+    def compute(magnitude: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+        return torch._weight_norm(direction, magnitude, hook.dim)
+
+    def invert(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+        return torch.norm_except_dim(weight, 2, hook.dim), weight
+
+    slots = [(owner, f"{hook.name}_g"), (owner, f"{hook.name}_v")]
+    return Computed(hook.name, slots, compute, invert, [], "weight_norm")
+
+
+def _parametrized(name: str, parametrizations: ParametrizationList) -> Computed:
+    chain: list[torch.nn.Module] = list(parametrizations)
+
+    def compute(*originals: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = chain[0](*originals)
+        for module in chain[1:]:
+            weight = module(weight)
+        return weight
+
+    def invert(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+        value: Any = weight
+        for module in reversed(chain):
+            if not hasattr(module, "right_inverse"):
+                raise NotImplementedError(f"{type(module).__name__} has no right_inverse")
+            value = module.right_inverse(value)  # type: ignore[operator]
+        return (value,) if parametrizations.is_tensor else tuple(value)
+
+    originals = [f"original{index}" for index in range(parametrizations.ntensors)]
+    return Computed(
+        name,
+        [(parametrizations, original) for original in (["original"] if parametrizations.is_tensor else originals)],
+        compute,
+        invert,
+        [
+            f"{index}.{tensor}"
+            for index, module in enumerate(chain)
+            for tensor, _ in itertools.chain(module.named_parameters(), module.named_buffers())
+        ],
+        " and ".join(type(module).__name__.lstrip("_") for module in chain),
+    )
+
+
+def refresh(owner: torch.nn.Module) -> None:
+    """Compute anew what the older weight norm keeps beside its originals."""
+    for hook in _weight_norms(owner):
+        setattr(owner, hook.name, hook.compute_weight(owner))
+
+
+def _weight_norms(owner: torch.nn.Module) -> list[WeightNorm]:
+    return [hook for hook in owner._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
