@@ -50,7 +50,7 @@ def run(*, backend: str | None, value: float, device: str | None) -> None:
     filled = _Filled()
     scope: AbstractContextManager[Any] = nullcontext()
     if place is not None:
-        scope = keras.device(place.device.replace("cuda", "gpu") if place.device != "cpu" else "cpu:0")
+        scope = keras.device(place.device.replace("cuda", "gpu"))
     with scope, filled:
         model = keras.Sequential(
             [
