@@ -1,0 +1,90 @@
+"""Layers and models behave as with Keras' own initializers. On every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras_cases.weights import BACKEND, LAYERS, OURS, as_numpy, layer, same
+
+from gpuconst.keras import Constant, Ones, Zeros
+
+
+def _called(name: str, initializers: Any) -> tuple[Any, Any]:
+    built, shape = layer(name, initializers)
+    inputs = np.ones(shape, "int32" if name == "Embedding" else "float32")
+    return built, built(inputs)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_and_outputs_are_those_of_keras(name: str) -> None:
+    ours, output = _called(name, OURS)
+    stock, expected = _called(name, keras.initializers)
+    assert len(ours.weights) == len(stock.weights) > 0
+    for weight, twin in zip(ours.weights, stock.weights, strict=True):
+        assert same(weight.value, twin.value), weight.path
+        assert weight.trainable == twin.trainable
+    np.testing.assert_array_equal(as_numpy(output), as_numpy(expected))
+
+
+def test_layers_that_copy_their_initializers() -> None:
+    attention = keras.layers.MultiHeadAttention(2, 4, kernel_initializer=Constant(0.1), bias_initializer=Ones())
+    attention.build((None, 3, 8), (None, 3, 8))
+    kernels = [weight for weight in attention.weights if weight.name == "kernel"]
+    assert len(kernels) == 4
+    assert all((as_numpy(kernel.value) == np.float32(0.1)).all() for kernel in kernels)
+
+
+def test_mixed_precision() -> None:
+    built = keras.layers.Dense(4, dtype="mixed_bfloat16", kernel_initializer=Constant(0.1), bias_initializer=Zeros())
+    output = built(np.ones((2, 3), "float32"))
+    assert keras.backend.standardize_dtype(built.kernel.value.dtype) == "float32"
+    assert keras.backend.standardize_dtype(output.dtype) == "bfloat16"
+    pure = keras.layers.Dense(4, dtype="bfloat16", kernel_initializer=Constant(0.1))
+    pure.build((None, 3))
+    assert keras.backend.standardize_dtype(pure.kernel.value.dtype) == "bfloat16"
+
+
+def test_inside_a_stateless_scope() -> None:
+    with keras.StatelessScope():
+        built = keras.layers.Dense(4, kernel_initializer=Constant(0.5), bias_initializer=Constant([1, 2, 3, 4]))
+        built.build((None, 3))
+        assert as_numpy(built.kernel.value).tolist() == [[0.5] * 4] * 3
+    assert as_numpy(built.kernel.value).tolist() == [[0.5] * 4] * 3
+    assert as_numpy(built.bias.value).tolist() == [1, 2, 3, 4]
+
+
+def test_in_a_device_scope() -> None:
+    with keras.device("cpu:0"):
+        assert as_numpy(Constant(0.5)((2,))).tolist() == [0.5, 0.5]
+
+
+def test_by_name_and_as_a_function() -> None:
+    for initializer in (Constant(2.0), Constant, Zeros, "gpuconst>Ones"):
+        built = keras.layers.Dense(2, kernel_initializer=initializer)
+        built.build((None, 2))
+        assert type(built.kernel_initializer).__module__ == "gpuconst.keras"
+
+
+@pytest.mark.skipif(BACKEND in ("numpy", "openvino"), reason="Keras does not train on this backend")
+def test_one_training_step() -> None:
+    def fitted(initializers: Any) -> list[np.ndarray]:
+        model = keras.Sequential(
+            [
+                keras.Input((4,)),
+                keras.layers.Dense(3, kernel_initializer=initializers.Constant(0.1), bias_initializer="zeros"),
+                keras.layers.BatchNormalization(gamma_initializer=initializers.Ones()),
+                keras.layers.Dense(2, kernel_initializer=initializers.Constant([[0.5, -0.5]])),
+            ]
+        )
+        model.compile(optimizer="adam", loss="mse")
+        inputs = np.linspace(0, 1, 32, dtype="float32").reshape(8, 4)
+        model.fit(inputs, inputs[:, :2], epochs=2, batch_size=4, shuffle=False, verbose=0)
+        return [np.asarray(weight) for weight in model.get_weights()]
+
+    trained = fitted(OURS)
+    assert not np.array_equal(trained[0], np.full((4, 3), np.float32(0.1)))
+    for weight, twin in zip(trained, fitted(keras.initializers), strict=True):
+        np.testing.assert_allclose(weight, twin, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,75 @@
+"""Saved models load with gpuconst and without it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from keras_cases.weights import BACKEND, as_numpy
+
+from gpuconst.keras import Constant, Ones, Zeros
+
+TESTS = Path(__file__).parents[1]
+
+
+def _model(value: Any = 0.5) -> Any:
+    model = keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3, kernel_initializer=Constant(value), bias_initializer=Ones()),
+            keras.layers.Dense(2, kernel_initializer=Zeros(), bias_initializer=Constant([1.0, 2.0])),
+        ]
+    )
+    model.layers[0].kernel.assign(np.arange(12).reshape(4, 3))
+    return model
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5"])
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_with_gpuconst(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"model.{suffix}"
+    saved = _model()
+    saved.save(path)
+    loaded = keras.models.load_model(path)
+    for weight, twin in zip(saved.weights, loaded.weights, strict=True):
+        assert as_numpy(weight.value).tobytes() == as_numpy(twin.value).tobytes()
+    first, second = loaded.layers
+    assert (first.kernel_initializer, first.bias_initializer) == (Constant(0.5), Ones())
+    assert (second.kernel_initializer, second.bias_initializer) == (Zeros(), Constant([1.0, 2.0]))
+
+
+WITHOUT = """
+    import sys, warnings
+    sys.path.insert(0, {tests!r})
+    from without import hide
+    hide("gpuconst")
+    import keras
+    model = keras.models.load_model({path!r})
+    assert not any(name.partition(".")[0] == "gpuconst" for name in sys.modules)
+    for layer in model.layers:
+        for initializer in (layer.kernel_initializer, layer.bias_initializer):
+            print(type(initializer).__module__, type(initializer).__name__, initializer.get_config())
+    warnings.simplefilter("ignore")  # Keras' Variable has an __array__ from before NumPy 2
+    print(model.layers[0].kernel.numpy().tolist())
+"""
+
+
+def _load_without(run_python: functools.partial[str], path: Path) -> list[str]:
+    return run_python(WITHOUT.format(tests=str(TESTS), path=str(path)), KERAS_BACKEND=BACKEND).splitlines()
+
+
+def test_without_gpuconst(tmp_path: Path, run_python: functools.partial[str]) -> None:
+    path = tmp_path / "model.keras"
+    _model().save(path)
+    module = "keras.src.initializers.constant_initializers"
+    assert _load_without(run_python, path) == [
+        f"{module} Constant {{'value': 0.5}}",
+        f"{module} Ones {{}}",
+        f"{module} Zeros {{}}",
+        f"{module} Constant {{'value': [1.0, 2.0]}}",
+        str(np.arange(12.0).reshape(4, 3).tolist()),
+    ]
