@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["sm_75", "sm_90"], scope="module")
+@pytest.fixture(params=["sm_75", "sm_90", "sm_120"], scope="module")
 def kernels(backend: str, request: pytest.FixtureRequest) -> Kernels:
     return compiled(backend, request.param)
 
