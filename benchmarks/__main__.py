@@ -42,8 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
         except RuntimeError as error:
             sys.exit(f"benchmarks: {error}")
     print(document(results))
-    if options.json is not None:
-        write(results, options.json)
     if options.plot is not None:
         plot_ratios(results, options.plot)
         plot_growth(results, options.plot.with_stem(f"{options.plot.stem}-growth"))
@@ -74,6 +72,8 @@ def _run(options: argparse.Namespace, names: list[str], compared: dict[str, Path
             "method": METHOD,
         }
     )
+    quick = "quick, not for quoting, " if options.quick else ""
+    when = f"{quick}commit {trees.commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
     tqdm.monitor_interval = 0  # its thread would run beside what is measured
     total = sum(len(cases.load(name).rows(options.quick)) for name in names)
     form = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {desc}"
@@ -88,10 +88,9 @@ def _run(options: argparse.Namespace, names: list[str], compared: dict[str, Path
             results.cases[name] = run_case(
                 name, compared, quick=options.quick, gpu=options.gpu, busy=busy, progress=progress
             )
-    results.header["run"] = (
-        f"{'quick, not for quoting, ' if options.quick else ''}commit {trees.commit()}, "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, {time.perf_counter() - start:.0f} s"
-    )
+            results.header["run"] = f"{when}, {time.perf_counter() - start:.0f} s"
+            if options.json is not None:  # case by case: a later one may fail
+                write(results, options.json)
     return results
 
 

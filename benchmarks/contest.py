@@ -24,7 +24,7 @@ class Contender:
         As in the table; unique in its row.
     make : callable
         Takes the row's arguments, does what needs to be done once, and returns the function to measure.
-        May raise `MissingError`; a library that is not installed counts as that.
+        May raise `MissingError`; a library that is not installed counts as that, and for a peer any failure.
     ours : bool
         Whether it is gpuconst, and so is compared with those that are not.
     threads : int or None

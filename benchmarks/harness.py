@@ -95,7 +95,7 @@ def run_case(
     Raises
     ------
     RuntimeError
-        If a contender failed, or filled with something else than the value.
+        If gpuconst failed, or filled with something else than the value; of a peer that is a remark.
     """
     case = load(name)
     rows = case.rows(quick)
@@ -169,15 +169,24 @@ class _Contest:
     def result(self, index: int) -> RowResult:
         """Return what was found in a row."""
         row, samples = self._rows[index], self._samples[index]
-        ours = [entry.label for entry in entries(row, self._trees) if entry.ours and entry.label in samples]
-        peers = [entry.label for entry in entries(row, self._trees) if not entry.ours and entry.label in samples]
+        present = [entry for entry in entries(row, self._trees) if entry.label in samples]
+        ours = [entry for entry in present if entry.ours]
+        peers = [entry for entry in present if not entry.ours]
+        alone = len(self._trees) == 1
         return RowResult(
             row.label,
             row.x,
             row.nbytes,
             {label: summary(values) for label, values in samples.items()},
-            ours,
-            {our: {peer: ratio(samples[our], samples[peer]) for peer in peers} for our in ours},
+            [our.label for our in ours],
+            {
+                our.label: {
+                    peer.label: ratio(samples[our.label], samples[peer.label])
+                    for peer in peers
+                    if alone or peer.contender.name == our.contender.name
+                }
+                for our in ours
+            },
             self._missing[index],
         )
 
@@ -188,9 +197,9 @@ class _Contest:
             self._missing[index][entry.label] = str(error)
             return False
         except RuntimeError as error:
-            if entry.tree == self._trees[""]:
+            if entry.ours:
                 raise
-            self._missing[index][entry.label] = str(error).splitlines()[-1]  # what the revision did not have yet
+            self._missing[index][entry.label] = str(error).splitlines()[-1]  # said in the table
             return False
         return True
 

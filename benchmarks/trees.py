@@ -50,6 +50,6 @@ def snapshot(revision: str | None, folder: Path) -> Path:
 
 def commit() -> str:
     """Return the short name of the working tree's commit, with a mark where it has been changed since."""
-    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude", "*"]
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
