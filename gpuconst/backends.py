@@ -131,15 +131,11 @@ def select(device: Any = None) -> Place:
     place = _places.get(device)
     if place is None:
         place = _places[device] = _select(device)
-    elif place.ordinal != (ordinal := _meant(device, place)):
-        return select(f"cuda:{ordinal}")
+    elif place.device != "cpu" and (device is None or device == "cuda"):
+        ordinal = place.module.current_index()  # which GPU is the thread's current one can change
+        if ordinal != place.ordinal:
+            return select(f"cuda:{ordinal}")
     return place
-
-
-def _meant(device: str | None, place: Place) -> int:
-    """Return the ordinal that a device means now: which GPU is the thread's current one can change."""
-    follows = place.device != "cpu" and (device is None or device == "cuda")
-    return place.module.current_index() if follows else place.ordinal
 
 
 def _select(device: str | None) -> Place:

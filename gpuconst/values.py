@@ -61,6 +61,8 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
     OverflowError
         If the array would have more than ``2**63 - 1`` bytes.
     """
+    if type(shape) is int and 0 <= shape <= _MAX_BYTES // itemsize:
+        return (shape,)
     if type(shape) is tuple:
         nbytes = itemsize
         for length in shape:

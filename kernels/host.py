@@ -107,7 +107,7 @@ def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: in
     if nbytes < BY_ROWS:
         array[...] = _element(element, dtype)
     elif not zeroed or any(element):
-        _fill_bytes(np.ndarray((nbytes,), _BYTES, buffer, offset), element)
+        _fill_bytes(buffer, offset, nbytes, element)
     return array, address
 
 
@@ -127,7 +127,7 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
         if 0 in shape:
             continue  # its address may be null
         if shape and shape[-1] * itemsize >= BY_ROWS and strides == (itemsize,):
-            _fill_bytes(_view(address, (shape[0] * itemsize,), _BYTES, (1,)), element)
+            _fill_bytes(_MEMORY, address - _ORIGIN, shape[0] * itemsize, element)
         else:
             dtype = _UNSIGNED[itemsize]
             _view(address, shape, dtype, strides)[...] = _element(element, dtype)
@@ -202,27 +202,27 @@ def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: t
     return np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides)
 
 
-def _fill_bytes(target: np.ndarray, element: bytes) -> None:
-    """Fill a 1-D array of bytes."""
-    if target.nbytes < TWO_THREADS or _cores() < 2:
-        _copy_rows(target, element)
+def _fill_bytes(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
+    """Fill bytes of a buffer with a repeated element."""
+    if nbytes < TWO_THREADS or _cores() < 2:
+        _copy_rows(buffer, offset, nbytes, element)
         return
-    middle = target.nbytes // 2 // ROW * ROW
+    middle = nbytes // 2 // ROW * ROW
     # A thread of its own for each call: a pool would be missing in a forked child.
-    helper = threading.Thread(target=_copy_rows, args=(target[middle:], element))
+    helper = threading.Thread(target=_copy_rows, args=(buffer, offset + middle, nbytes - middle, element))
     helper.start()
     try:
-        _copy_rows(target[:middle], element)
+        _copy_rows(buffer, offset, middle, element)
     finally:
         helper.join()  # an interrupt must not leave it writing into memory that is then given back
 
 
-def _copy_rows(target: np.ndarray, element: bytes) -> None:
+def _copy_rows(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
     row = _row(element)
-    rows = target.nbytes // ROW
-    target[: rows * ROW].reshape(rows, ROW)[...] = row
-    rest = target[rows * ROW :]
-    rest[...] = row[: rest.nbytes]
+    rows, rest = divmod(nbytes, ROW)
+    np.ndarray((rows, ROW), _BYTES, buffer, offset)[...] = row
+    if rest:
+        np.ndarray((rest,), _BYTES, buffer, offset + rows * ROW)[...] = row[:rest]
 
 
 # Reading the bytes anew takes half as long as filling a small array with them.

@@ -1,10 +1,11 @@
-"""Host memory for arrays: aligned, and in huge pages where the system has them.
+"""Host memory for arrays: aligned, in huge pages where the system has them, and still warm if possible.
 
-Two sources. Small requests are carved from slabs, because asking NumPy for an aligned block means
-asking for more and cutting it down, which costs more than the fill. Large ones get a block of their
-own. Both are anonymous private maps: their first touch, the costly part of initialising a model, is
-up to six times faster in 2 MiB pages than in 4 KiB ones. (Python's `mmap` defaults to a shared map,
-which never gets them.)
+Small requests are carved from slabs, because asking NumPy for an aligned block means asking for more
+and cutting it down, which costs more than the fill. Large ones get a block of their own. Both are
+anonymous private maps: their first touch, the costly part of initialising a model, is up to six times
+faster in 2 MiB pages than in 4 KiB ones. (Python's `mmap` defaults to a shared map, which never gets
+them.) The last two blocks are kept, and handed out again once nothing lives in them: code that makes
+and drops arrays in a loop then pays for the first touch once, as it would with `malloc`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+from collections import deque
 from sys import getrefcount
 from typing import Any
 
@@ -26,6 +28,30 @@ HUGE_PAGE = 2 << 20
 SLAB = HUGE_PAGE
 #: Requests of more bytes than this get a block of their own.
 LARGEST_CARVED = SLAB // 2
+#: Blocks of more bytes than this are never kept: two of them are all the memory that can lie idle.
+LARGEST_KEPT = 32 << 20
+
+
+class _Block:
+    """A map, and how to tell that nothing lives in it: nobody else refers to the buffer."""
+
+    __slots__ = ("address", "buffer", "idle_references", "nbytes", "offset", "used", "zeroed")
+
+    def __init__(self, nbytes: int) -> None:
+        self.buffer, self.offset, self.address, self.zeroed = _map(nbytes)
+        self.nbytes = nbytes
+        self.used = 0  # of a slab
+        self.idle_references = getrefcount(self.buffer)
+
+
+# A thread takes a block out, looks at it, and puts it back; `pop` and `append` are atomic, so there is no
+# lock to be held across a fork, a signal or a finalizer. Whoever is about to hand out a block's memory
+# refers to its buffer before putting it back: once it is back, idle means idle.
+
+#: The slabs with room left: never more of them than threads that carved at once.
+_open: list[_Block] = []
+#: The last blocks made, and the last slabs filled.
+_recent: deque[_Block] = deque(maxlen=2)
 
 
 def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
@@ -53,22 +79,42 @@ def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
         If the system has none.
     """
     if nbytes > LARGEST_CARVED:
-        return _own_block(nbytes)
+        block = _recycled(nbytes) or _Block(nbytes)
+        buffer, zeroed, block.zeroed = block.buffer, block.zeroed, False
+        if nbytes <= LARGEST_KEPT:
+            _recent.append(block)
+        return buffer, block.offset, block.address, zeroed
     try:
         slab = _open.pop()
     except IndexError:
-        slab = _Slab()
+        slab = _recycled(SLAB) or _Block(SLAB)
     if getrefcount(slab.buffer) == slab.idle_references:
-        slab.used = 0  # nothing lives in it: start again, in memory that is still in the cache
+        slab.used = 0  # start again, in memory that is still in the cache
     elif slab.used + nbytes > SLAB:
-        slab = _Slab()
-    buffer, start = slab.buffer, slab.used  # held from here on: once it is back, idle means idle
+        full, slab = slab, _recycled(SLAB) or _Block(SLAB)
+        _recent.append(full)
+        slab.used = 0
+    buffer, start = slab.buffer, slab.used
     slab.used = start + (nbytes + ALIGNMENT - 1 & -ALIGNMENT)
     _open.append(slab)
     return buffer, slab.offset + start, slab.address + start, False
 
 
-def _own_block(nbytes: int) -> tuple[Any, int, int, bool]:
+def _recycled(nbytes: int) -> _Block | None:
+    """Return a recent block that fits and that nothing lives in, taken out, or None."""
+    for _ in range(len(_recent)):
+        try:
+            block = _recent.popleft()
+        except IndexError:  # another thread was faster
+            return None
+        if nbytes <= block.nbytes <= 2 * nbytes and getrefcount(block.buffer) == block.idle_references:
+            return block
+        _recent.append(block)
+    return None
+
+
+def _map(nbytes: int) -> tuple[Any, int, int, bool]:
+    """Return what `reserve` does, newly mapped."""
     huge = hasattr(mmap, "MADV_HUGEPAGE")
     if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
         buffer: Any = np.empty(nbytes + ALIGNMENT, np.uint8)
@@ -92,18 +138,3 @@ def _own_block(nbytes: int) -> tuple[Any, int, int, bool]:
 
 def _address(buffer: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-class _Slab:
-    __slots__ = ("address", "buffer", "idle_references", "offset", "used")
-
-    def __init__(self) -> None:
-        self.buffer, self.offset, self.address, _ = _own_block(SLAB)
-        self.used = 0
-        self.idle_references = getrefcount(self.buffer)
-
-
-# The slabs with room left. A thread takes one out, carves, and puts it back; `pop` and `append` are
-# atomic, so there is no lock to be held across a fork, a signal or a finalizer. There are never more
-# slabs here than threads that carved at once.
-_open: list[_Slab] = []
