@@ -12,7 +12,16 @@ from .backends import Place, select
 from .batch import Batch, each_with_value, gather, writable_view
 from .kernels.runs import Region
 from .streams import current_streams, stream_handle
-from .torch_rules import check_writable, has_memory, is_tensor, mark_written, restricted, tensor_positions
+from .torch_rules import (
+    check_eager,
+    check_writable,
+    compiling,
+    has_memory,
+    is_tensor,
+    mark_written,
+    restricted,
+    tensor_positions,
+)
 from .values import encode
 from .views import extents
 
@@ -59,9 +68,16 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     DeviceUnavailableError
         If no backend can reach the memory of `x`.
     """
+    if compiling():
+        from .torch_eager import eagerly
+
+        filled: T = eagerly(fill, x, fill_value, stream=stream)  # type: ignore[arg-type]
+        return filled
     is_torch = is_tensor(x)
-    if is_torch and not has_memory(x):
-        return x
+    if is_torch:
+        check_eager()
+        if not has_memory(x):
+            return x
     view = writable_view(x)
     element = encode(fill_value, view.dtype)
     place = select(view.device)
@@ -110,6 +126,10 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
         As `fill` for a single array, with its index in the message; ValueError too if there are not
         as many values as arrays.
     """
+    if compiling():
+        from .torch_eager import eagerly
+
+        return eagerly(fill_many, xs, fill_values, stream=stream)
     start = time.perf_counter()
     arrays, steps = _prepared(xs, fill_values, stream)
     _fill(steps, stream, _tensors(arrays))
@@ -144,6 +164,10 @@ def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
     >>> buffers[2][:2]
     tensor([-0.5000, -0.5000])
     """
+    if compiling():
+        from .torch_eager import eagerly
+
+        return eagerly(FillPlan, xs, fill_values)
     return FillPlan(xs, fill_values)
 
 
@@ -185,6 +209,10 @@ class FillPlan:
             If autograd is recording and an array required grad when the plan was made, or one is an
             inference tensor and this is not inference mode.
         """
+        if compiling():
+            from .torch_eager import eagerly
+
+            return eagerly(FillPlan.fill, self, stream)
         start = time.perf_counter()
         for tensor in self._restricted:
             check_writable(tensor)
@@ -269,6 +297,8 @@ def _prepared(xs: Iterable[Any], fill_values: Any, stream: Any) -> tuple[list[An
 
 
 def _fill(steps: Sequence[_Step], stream: Any, tensors: Sequence[Any]) -> None:
+    if tensors:
+        check_eager()
     for step in steps:
         step.fill(stream)
     if tensors:

@@ -16,8 +16,10 @@ import numpy as np
 
 __all__ = [
     "Columns",
+    "check_eager",
     "check_writable",
     "columns",
+    "compiling",
     "has_memory",
     "is_tensor",
     "local_part",
@@ -31,6 +33,25 @@ def is_tensor(x: Any) -> bool:
     """Whether an object is a torch tensor, asked without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(x, torch.Tensor)
+
+
+def compiling() -> bool:
+    """Whether torch.compile reads the caller's code instead of running it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_dynamo_compiling()
+
+
+def check_eager() -> None:
+    """Raise where torch records operations into a graph, from which a raw write would be missing.
+
+    Raises
+    ------
+    RuntimeError
+        Under `torch.export`, `make_fx`, and what builds on them.
+    """
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        raise RuntimeError("torch is tracing into a graph, which would lack the fill; use x.fill_() or torch.full_like")
 
 
 def tensor_positions(arrays: Sequence[Any]) -> Sequence[int]:

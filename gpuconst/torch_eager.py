@@ -1,0 +1,32 @@
+"""The way out of torch.compile, which must not read code that writes to raw addresses.
+
+Imported when torch.compile first meets such code.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch._dynamo import trace_rules
+
+__all__ = ["eagerly"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Between its graphs torch.compile goes on to read what is called there, down to the kernels; files on its
+# list are run. The Keras initializers stay off it: they have something for it to read.
+for _name in [name for name in sys.modules if name.startswith("gpuconst.") and name != "gpuconst.keras"]:
+    trace_rules.add(_name)
+
+
+def eagerly(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a function between two graphs: torch.compile breaks its graph here."""
+    result: R = _unread(function, *args, **kwargs)
+    return result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _unread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
