@@ -13,10 +13,12 @@ from keras_cases.weights import address, filled_addresses
 from gpuconst.keras import Constant, Ones, Zeros
 
 
-def test_inside_a_function() -> None:
+@pytest.mark.parametrize("device", [None, "CPU:0"])
+def test_inside_a_function(device: str | None) -> None:
     @tf.function  # type: ignore[untyped-decorator, unused-ignore]
     def make() -> tuple[tf.Tensor, ...]:
-        return Constant(0.5)((2, 3)), Zeros()((2,)), Ones()((3,), "int32"), Constant([1.0, 2.0])((2, 2))
+        with tf.device(device):
+            return Constant(0.5)((2, 3)), Zeros()((2,)), Ones()((3,), "int32"), Constant([1.0, 2.0])((2, 2))
 
     with filled_addresses() as filled:
         made = make()

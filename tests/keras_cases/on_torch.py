@@ -74,6 +74,18 @@ def test_inference_mode() -> None:
         assert Constant(0.5)((2, 3)).sum().item() == 3
 
 
+def test_the_callers_tensor_is_not_the_weight() -> None:
+    given = torch.zeros(4, 4)
+    variable = keras.Variable(Constant(given), shape=(4, 4))
+    row = keras.Variable(Constant(given[0]), shape=(4, 4))
+    assert row.value.is_contiguous()
+    variable.assign(torch.ones(4, 4))
+    assert not given.any()
+    given.fill_(7)
+    assert variable.value.tolist() == [[1.0] * 4] * 4
+    assert row.value.tolist() == [[0.0] * 4] * 4
+
+
 def test_weights_are_leaves_that_train() -> None:
     variable = keras.Variable(Constant(0.5), shape=(4,))
     value: Any = variable.value
