@@ -9,8 +9,6 @@ from typing import Any
 
 from benchmarks.statistics import Summary
 
-_DIGITS = 4
-
 
 @dataclass
 class RowResult:
@@ -91,8 +89,8 @@ class Results:
 
 
 def write(results: Results, path: Path) -> None:
-    """Write a run as JSON, to four significant digits."""
-    path.write_text(json.dumps(_rounded(asdict(results)), indent=1) + "\n")
+    """Write a run as JSON."""
+    path.write_text(json.dumps(asdict(results), indent=1) + "\n")
 
 
 def read(path: Path) -> Results:
@@ -111,13 +109,3 @@ def _row(found: dict[str, Any]) -> RowResult:
         ours: {peer: Summary(*values) for peer, values in peers.items()} for ours, peers in found.pop("ratios").items()
     }
     return RowResult(**found, measured=measured, ratios=ratios)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(each) for each in value]
-    return value

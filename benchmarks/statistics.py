@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+#: What follows would be noise, in the files and in the differences between them.
+_DIGITS = 4
+
 
 class Summary(NamedTuple):
     """Samples in short.
@@ -27,10 +30,9 @@ class Summary(NamedTuple):
 
 
 def summary(samples: Sequence[float]) -> Summary:
-    """Return median and quartiles of at least one sample."""
-    if len(samples) == 1:
-        return Summary(samples[0], samples[0], samples[0], 1)
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    """Return median and quartiles of at least one sample, to four significant digits."""
+    quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
+    low, median, high = (float(f"{quartile:.{_DIGITS}g}") for quartile in quartiles)
     return Summary(median, low, high, len(samples))
 
 

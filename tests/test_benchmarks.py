@@ -1,0 +1,380 @@
+"""The benchmarks work, say what they found, and the texts quote that and nothing else. The figures are not tested."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import cases, harness, report, trees
+from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
+from benchmarks.cases.peers import check_filled
+from benchmarks.contest import Case, Contender, MissingError, Row
+from benchmarks.plot import plot_growth, plot_ratios
+from benchmarks.processes import Worker, environment
+from benchmarks.results import CaseResult, Results, RowResult, read, write
+from benchmarks.statistics import Summary, ratio, summary
+from benchmarks.table import BUSY, case_table, document, markdown, quantity, ratio_cell, size, summary_table
+
+
+def _row(label: str, x: float, ours: float, numpy: float, torch: float) -> RowResult:
+    return RowResult(
+        label,
+        x=x,
+        nbytes=int(x),
+        measured={"full": summary([ours] * 3), "np.full": summary([numpy] * 3), "torch.full": summary([torch] * 3)},
+        ours=["full"],
+        ratios={"full": {"np.full": ratio([ours], [numpy]), "torch.full": ratio([ours], [torch])}},
+    )
+
+
+@pytest.fixture
+def results() -> Results:
+    rows = [_row("1 KiB", 1024, 2e-6, 1e-6, 4e-6), _row("1 MiB", 2**20, 1e-5, 3e-5, 2e-5)]
+    return Results({"machine": "a machine"}, {"creation": CaseResult("Create", "s", "bytes", 0.0, rows)})
+
+
+# Statistics.
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    assert summary([5, 1, 4, 2, 3]) == Summary(3, 2, 4, 5)
+    assert summary([7]) == Summary(7, 7, 7, 1)
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    # The second round was disturbed for both: of the medians alone the ratio would be 2.
+    assert ratio([1, 100, 2], [2, 100, 1]).median == 1
+    with pytest.raises(ValueError, match="shorter"):
+        ratio([1, 2], [1])
+
+
+# Tables.
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"), [(4, "4 B"), (400, "400 B"), (25 * 1024, "25 KiB"), (2**20, "1 MiB"), (3 * 2**29, "1.5 GiB")]
+)
+def test_size(nbytes: int, text: str) -> None:
+    assert size(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (2.5, "s", "2.5 s"),
+        (1.234e-3, "s", "1.23 ms"),
+        (5e-6, "s", "5 us"),
+        (2.1e-8, "s", "21 ns"),
+        (2**20, "bytes", "1 MiB"),
+    ],
+)
+def test_quantity(value: float, unit: str, text: str) -> None:
+    assert quantity(value, unit) == text
+
+
+def test_ratio_is_bold_where_gpuconst_is_behind() -> None:
+    assert ratio_cell(Summary(0.5, 0.4, 0.6, 9)) == "0.50 (0.40-0.60)"
+    assert ratio_cell(Summary(1.5, 1.4, 1.6, 9)) == "**1.50** (1.40-1.60)"
+    assert ratio_cell(Summary(1.004, 1.004, 1.004, 1)) == "1.00"
+
+
+def test_markdown_columns_line_up() -> None:
+    lines = markdown(["", "took"], [["a row", "1"], ["b", "20"]]).splitlines()
+    assert lines == ["|       | took |", "| ----- | ---: |", "| a row |    1 |", "| b     |   20 |"]
+
+
+def test_table_has_every_row_and_peer_with_losing_ones(results: Results) -> None:
+    first, rule, *rows = case_table(results.cases["creation"]).splitlines()
+    assert [cell.strip() for cell in first.split("|")[1:-1]] == ["", "full", "GB/s", "/ np.full", "/ torch.full"]
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows] == [
+        ["1 KiB", "2 us", "0.512", "**2.00**", "0.50"],
+        ["1 MiB", "10 us", "105", "0.33", "0.50"],
+    ]
+
+
+def test_table_says_who_was_missing_and_that_others_were_busy(results: Results) -> None:
+    case = results.cases["creation"]
+    case.rows[0].missing["cupy.full"] = "No module named 'cupy'"
+    case.busy = BUSY * 2
+    text = case_table(case)
+    assert "Without cupy.full: No module named 'cupy'." in text
+    assert "Others used 20% of the machine" in text
+
+
+def test_memory_is_shown_as_copies_of_the_array() -> None:
+    row = RowResult("4 KiB", nbytes=4096, measured={"full": summary([8192.0])}, ours=["full"], ratios={"full": {}})
+    assert "8 KiB, 2.00 x the array" in case_table(CaseResult("Memory", "bytes", "", 0.0, [row]))
+
+
+def test_summary_shows_the_worst_row_too(results: Results) -> None:
+    line = summary_table(results).splitlines()[-1]
+    assert "0.50 (1 MiB, against torch.full)" in line
+    assert "**2.00** (1 KiB, against np.full)" in line
+    assert "1 of 2" in line
+
+
+def test_document_begins_with_the_machine(results: Results) -> None:
+    assert document(results).startswith("- machine: a machine\n")
+
+
+# Files.
+
+
+def test_results_survive_the_file(results: Results, tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    write(results, path)
+    again = read(path)
+    write(again, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == path.read_text()
+    assert document(again) == document(results)
+
+
+def test_plots_are_the_same_for_the_same_results(results: Results, tmp_path: Path) -> None:
+    for plot in (plot_ratios, plot_growth):
+        files = [tmp_path / name for name in ("a.svg", "b.svg")]
+        for file in files:
+            plot(results, file)
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert b"</svg>" in files[0].read_bytes()
+
+
+def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_ratios(Results({}), tmp_path / "plot.svg")
+
+
+def test_report_fills_its_places(results: Results, tmp_path: Path) -> None:
+    empty = "Before\n<!-- results:cpu/creation -->\n<!-- /results -->\nAfter\n"
+    assert report.rendered(empty, tmp_path) == empty
+    write(results, tmp_path / "cpu.json")
+    filled = report.rendered(empty, tmp_path)
+    assert case_table(results.cases["creation"]) in filled
+    assert filled.startswith("Before\n")
+    assert filled.endswith("\nAfter\n")
+    assert report.rendered(filled, tmp_path) == filled
+    with pytest.raises(KeyError):
+        report.rendered(empty.replace("creation", "no_such_case"), tmp_path)
+
+
+@pytest.mark.parametrize("path", report.TEXTS, ids=lambda path: str(path.name))
+def test_texts_quote_the_results(path: Path) -> None:
+    text = path.read_text()
+    assert report.rendered(text, report.RESULTS) == text, "run: python -m benchmarks.report"
+    assert text.count("<!-- results:") == text.count("<!-- /results -->")
+
+
+def test_docs_have_a_place_for_each_case() -> None:
+    text = (trees.ROOT / "docs" / "benchmarks.md").read_text()
+    assert [name for name in ["header", "summary", *cases.CPU] if f"<!-- results:cpu/{name} -->" not in text] == []
+
+
+# Cases.
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", [*cases.CPU, *cases.GPU])
+def test_rows_are_well_formed(name: str, quick: bool) -> None:
+    case = cases.load(name)
+    rows = case.rows(quick)
+    assert [row.label for row in rows] == [row.label for row in case.rows(quick)]
+    assert len({row.label for row in rows}) == len(rows)
+    for row in rows:
+        assert len({each.name for each in row.contenders}) == len(row.contenders)
+        assert {each.ours for each in row.contenders} == {True, False}
+    if case.axis:
+        assert any(row.x for row in rows)
+
+
+def _quick(name: str, gpu: bool, folder: Path) -> CaseResult:
+    told: list[float] = []
+    tree = {"": trees.snapshot(None, folder / "tree")}
+    found = harness.run_case(name, tree, quick=True, gpu=gpu, busy=0.0, progress=lambda rows, _: told.append(rows))
+    assert sum(told) == pytest.approx(len(found.rows))
+    return found
+
+
+@pytest.mark.parametrize("name", cases.CPU)
+def test_case(name: str, tmp_path: Path) -> None:
+    found = _quick(name, False, tmp_path)
+    rows = cases.load(name).rows(True)
+    for row, measured in zip(rows, found.rows, strict=True):
+        assert measured.missing == {}
+        assert list(measured.measured) == [each.name for each in row.contenders]
+        assert measured.ours == [each.name for each in row.contenders if each.ours]
+        assert all(each.median > 0 for each in measured.measured.values())
+        assert all(set(peers) == set(found.peers) & set(measured.measured) for peers in measured.ratios.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", cases.GPU)
+def test_gpu_case(name: str, tmp_path: Path) -> None:
+    found = _quick(name, True, tmp_path)
+    for row, measured in zip(cases.load(name).rows(True), found.rows, strict=True):
+        usable = [each.name for each in row.contenders if each.ours and each.name not in measured.missing]
+        assert measured.ours == usable != []
+
+
+def test_check_sees_a_wrong_value_and_dtype() -> None:
+    check_filled(np.full(3, 1.1, np.float32))
+    with pytest.raises(AssertionError, match="found 1.0 to 1.1"):
+        check_filled(np.array([1.1, 1.0], np.float32))
+    with pytest.raises(AssertionError, match="float64"):
+        check_filled(np.full(3, 1.1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("itemsize", DTYPES)
+@pytest.mark.parametrize("nbytes", [16, 64, 4096])
+def test_gpu_buffers_hold_what_is_asked(nbytes: int, itemsize: int, layout: str) -> None:
+    """The layout is that of torch on any device, so it is checked on the CPU's."""
+    memory = Rotation(nbytes, itemsize, layout, device="cpu")
+    assert {tensor.numel() * tensor.element_size() for tensor in memory.tensors} == {nbytes}
+    memory.check(lambda tensor, value: lambda: tensor.fill_(value))
+
+
+def test_gpu_check_sees_what_is_missed_and_what_is_touched_beside() -> None:
+    memory = Rotation(64, 4, "+1", device="cpu")
+
+    def too_short(tensor: torch.Tensor, value: float) -> Callable[[], Any]:
+        return lambda: tensor[:-1].fill_(value)
+
+    def too_long(tensor: torch.Tensor, value: float) -> Callable[[], Any]:
+        return lambda: tensor.as_strided((17,), (1,)).fill_(value)
+
+    for filler in (too_short, too_long):
+        with pytest.raises(AssertionError, match="missed, or a byte beside"):
+            memory.check(filler)
+
+
+# The harness.
+
+
+class _Recorder:
+    """Stands in for worker processes, and writes down who was asked for what."""
+
+    asked: list[tuple[int, int, str]] = []
+    started = 0
+    missing = ""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        type(self).started += 1
+        self._number = self.started
+
+    def ask(self, do: str, **arguments: Any) -> float:
+        if do == "prepare" and arguments["contender"] == self.missing:
+            raise MissingError("it is not here")
+        if do == "sample":
+            self.asked.append((self._number, arguments["row"], arguments["contender"]))
+        return 1.0
+
+    def __enter__(self) -> "_Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _turns(
+    monkeypatch: pytest.MonkeyPatch, fresh: bool, missing: str = ""
+) -> tuple[CaseResult, list[tuple[int, int, str]]]:
+    """Run a case of two rows and two rounds, and return it with the turns: process, row and contender."""
+    contenders = [Contender(name, lambda: list, ours=name == "ours") for name in ("ours", "A", "B")]
+    case = Case("A case", lambda _: [Row("0", contenders), Row("1", contenders)], fresh=fresh)
+    monkeypatch.setattr(harness, "load", lambda _: dataclasses.replace(case, rounds=2))
+    monkeypatch.setattr(harness, "FEWEST_ROUNDS", 2)
+    monkeypatch.setattr(harness, "Worker", _Recorder)
+    monkeypatch.setattr(_Recorder, "asked", [])
+    monkeypatch.setattr(_Recorder, "started", 0)
+    monkeypatch.setattr(_Recorder, "missing", missing)
+    found = harness.run_case("a_case", {"": Path()}, quick=False, gpu=False, busy=0.0, progress=lambda *_: None)
+    return found, _Recorder.asked
+
+
+def test_contenders_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, turns = _turns(monkeypatch, fresh=False)
+    # A round to warm up, then two that count.
+    assert turns == [(1, row, who) for row in (0, 1) for _ in range(3) for who in ("ours", "A", "B")]
+    assert {each.samples for row in found.rows for each in row.measured.values()} == {2}
+
+
+def test_contenders_take_turns_with_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, turns = _turns(monkeypatch, fresh=True)
+    order = [who for _ in range(2) for who in ("ours", "A", "B")]
+    assert turns == [(number, row, who) for number, who in enumerate(order, 1) for row in (0, 1)]
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_who_is_missing_is_remarked_and_takes_no_turn(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    found, turns = _turns(monkeypatch, fresh, missing="A")
+    assert {who for _, _, who in turns} == {"ours", "B"}
+    assert [row.missing for row in found.rows] == [{"A": "it is not here"}] * 2
+    assert [list(row.ratios["ours"]) for row in found.rows] == [["B"]] * 2
+
+
+def test_worker_says_what_failed(tmp_path: Path) -> None:
+    tree = trees.snapshot(None, tmp_path / "tree")
+    with Worker(environment(tree, False, {})) as worker:
+        with pytest.raises(RuntimeError, match="no_such_case"):
+            worker.ask("prepare", case="no_such_case", row=0, contender="", quick=True)
+        worker.ask("forget")  # it goes on
+
+
+def test_worker_that_ends_says_so(tmp_path: Path) -> None:
+    with Worker({**os.environ, "PYTHONPATH": str(tmp_path)}) as worker, pytest.raises(RuntimeError, match="benchmarks"):
+        worker.ask("forget")
+
+
+# The command line.
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=trees.ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_command_writes_json_and_plots_and_prints_the_table(tmp_path: Path) -> None:
+    done = _run("fill", "--quick", "--json", str(tmp_path / "run.json"), "--plot", str(tmp_path / "run.svg"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == document(read(tmp_path / "run.json"))
+    assert "quick, not for quoting" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "run.svg", "run-growth.svg"}
+
+
+def test_command_compares_with_a_revision(tmp_path: Path) -> None:
+    if trees.commit() == "unknown":
+        pytest.skip("this is no git checkout, so there is no revision to compare with")
+    done = _run("many_existing", "--quick", "--against", "HEAD", "--json", str(tmp_path / "run.json"))
+    assert done.returncode == 0, done.stderr
+    (row,) = read(tmp_path / "run.json").cases["many_existing"].rows
+    assert {ours: list(peers) for ours, peers in row.ratios.items()} == {
+        "fill_many": ["fill_many @ HEAD"],
+        "plan.fill": ["plan.fill @ HEAD"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["no_such_case"], 2, "the cases of the CPU are first_touch"),
+        (["gpu_device"], 2, "no case gpu_device"),
+        (["fill", "--against", "no-such-revision"], 2, "no-such-revision"),
+        (["--gpu"], 1, "--gpu needs a GPU, and there is none to use: cupy: "),
+    ],
+)
+def test_command_says_what_is_wrong(arguments: list[str], status: int, message: str) -> None:
+    done = _run(*arguments)
+    assert done.returncode == status
+    assert message in " ".join(done.stderr.split())
