@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +119,8 @@ def info() -> Info:
 
 
 def _version(distributions: list[str]) -> str | None:
+    import importlib.metadata  # with it comes what an import of gpuconst would pay for: email, zipfile, socket
+
     for name in distributions:
         try:
             return importlib.metadata.version(name)
@@ -131,7 +130,10 @@ def _version(distributions: list[str]) -> str | None:
 
 
 def _probe() -> dict[str, Any]:
-    """Run `_look` in a new interpreter."""
+    """Run `print_probe` in a new interpreter."""
+    import json
+    import subprocess
+
     code = "from gpuconst import environment; environment.print_probe()"
     # The child searches where this process does, whatever has been done to its sys.path.
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
@@ -151,6 +153,8 @@ def _probe() -> dict[str, Any]:
 
 def print_probe() -> None:
     """Print as one line of JSON what can be used; run in a process of its own."""
+    import json
+
     from .backends import select
     from .kernels import cuda_driver
 
