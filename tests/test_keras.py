@@ -7,12 +7,12 @@ here each case is a test, with the outcome that it had there.
 from __future__ import annotations
 
 import ast
-import functools
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -44,46 +44,50 @@ def _cases(file: str) -> list[str]:
 
 ALL = [(backend, case) for backend, files in FILES.items() for file in files for case in _cases(file)]
 
-# By the name of a case with its parameters: what was said of it, and whether it failed or was skipped.
+# By the name of a case with its parameters: whether it passed, failed or was skipped, and what was said of it.
 Outcomes = dict[str, tuple[str, str]]
 
 
 @pytest.fixture(scope="session")
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcomes]:
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Outcomes]]:
     asked: dict[str, list[str]] = {}
     for item in request.session.items:
-        params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
-        if params and "case" in params:
-            asked.setdefault(params["backend"], []).append(params["case"])
+        if isinstance(item, pytest.Function) and item.originalname == "test_keras":
+            backend, case = (str(item.callspec.params[name]) for name in ("backend", "case"))
+            asked.setdefault(backend, []).append(case)
+    with ThreadPoolExecutor(2) as pool:
+        running = {
+            backend: pool.submit(_run, backend, cases, tmp_path_factory.mktemp(backend) / "report.xml")
+            for backend, cases in asked.items()
+            if importlib.util.find_spec(backend) is not None
+        }
+        yield lambda backend: running[backend].result()
 
-    @functools.cache
-    def run(backend: str) -> Outcomes:
-        report = tmp_path_factory.mktemp(backend) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        ignored = [f"-W{line}" for line in IGNORED]
-        done = subprocess.run(
-            [*command, *ignored, *(str(CASES / case) for case in asked[backend])],
-            env={
-                **os.environ,
-                "KERAS_BACKEND": backend,
-                "CUDA_VISIBLE_DEVICES": "-1",
-                "JAX_PLATFORMS": "cpu",
-                "TF_CPP_MIN_LOG_LEVEL": "3",
-            },
-            cwd=CASES.parents[1],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if not report.exists():
-            pytest.fail(f"the process ended with {done.returncode}:\n{done.stdout}{done.stderr}", pytrace=False)
-        found: Outcomes = {}
-        for case in ElementTree.parse(report).iter("testcase"):
-            name = f"{case.get('classname', '').rpartition('.')[2]}.py::{case.get('name')}"
-            found[name] = next(((child.tag, _text(child)) for child in case if child.tag in _TAGS), ("passed", ""))
-        return found
 
-    return run
+def _run(backend: str, cases: list[str], report: Path) -> Outcomes:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    done = subprocess.run(
+        [*command, *(f"-W{line}" for line in IGNORED), *(str(CASES / case) for case in cases)],
+        env={
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            "CUDA_VISIBLE_DEVICES": "-1",
+            "JAX_PLATFORMS": "cpu",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        },
+        cwd=CASES.parents[1],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert report.exists(), f"the process ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    found: Outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname', '').rpartition('.')[2]}.py::{case.get('name')}"
+        found[name] = next(((child.tag, _text(child)) for child in case if child.tag in _TAGS), ("passed", ""))
+    return found
 
 
 _TAGS = ("failure", "error", "skipped")
