@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from kernel_checks import Kernels, compiled
 from many import Entry, cases, filled, noise
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import gpuconst
 from gpuconst.batch import gather
@@ -165,6 +166,20 @@ def test_interleaved_strided_arrays() -> None:
     x = np.zeros((4, 6))
     gpuconst.fill_many([x[:, k::3] for k in range(3)], [1, 2, 3])
     assert x.tolist() == [[1, 2, 3] * 2] * 4
+
+
+def test_a_pitched_run_reaches_to_the_end_of_its_last_stretch() -> None:
+    x = np.zeros((4, 1000), np.float32)
+    halves = [x[:, :500], x[:, 500:], x[3, 100:200]]
+    assert [batch.runs["count"].tolist() for batch in gather(halves, 0, None)] == [[4], [4], [1]]
+    gpuconst.fill_many(halves, [1, 2, 3])
+    assert x.tolist() == [[1] * 500 + [2] * 500] * 3 + [[1] * 100 + [3] * 100 + [1] * 300 + [2] * 500]
+
+
+def test_neighbours_do_not_intersect() -> None:
+    x = torch.zeros(12)
+    batches = gather([x[4:8], x[:4], x[8:], x[2:6]], 0, None)
+    assert [len(batch.runs) for batch in batches] == [3, 1]
 
 
 def depths(entries: list[Entry]) -> list[int]:
@@ -343,9 +358,14 @@ def test_what_has_no_memory_is_left_alone() -> None:
     assert real.tolist() == [5, 5, 5]
 
 
-def test_under_a_forward_mode_level_the_others_are_filled() -> None:
-    with torch.autograd.forward_ad.dual_level():
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
+def test_in_forward_mode_what_has_no_tangent_is_filled() -> None:
+    with forward_ad.dual_level():
         x = torch.zeros(3)
+        dual = forward_ad.make_dual(torch.zeros(3), torch.ones(3))  # type: ignore[no-untyped-call]
+        with pytest.raises(RuntimeError, match=r"^xs\[1\]: .*tangent"):
+            gpuconst.fill_many([x, dual], 5)
+        assert not x.any()
         gpuconst.fill_many([x], 5)
     assert x.tolist() == [5, 5, 5]
 
