@@ -1,0 +1,174 @@
+"""A JAX initializer, for flax and everything that takes those of `jax.nn.initializers`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .creation import full
+from .dtypes import DType, resolve_dtype
+from .values import encode
+
+try:
+    import jax
+except ModuleNotFoundError as error:
+    if error.name != "jax":
+        raise
+    raise ImportError("JAX is not installed; pip install 'gpuconst[jax]'", name="jax") from error
+
+try:
+    from jax.extend.core import get_opaque_trace_state
+except ImportError:  # JAX before 0.9
+    from jax.core import get_opaque_trace_state
+
+__all__ = ["constant"]
+
+_log = logging.getLogger("gpuconst")
+
+
+class constant:
+    """Initializer that fills an array with a value; drop-in for `jax.nn.initializers.constant`.
+
+    On the CPU the array lies in memory that gpuconst filled. While JAX traces, for an `out_sharding` or
+    under a mesh, for a traced or array value, and on other devices, JAX fills: it does that at one copy of
+    memory, and shard by shard. Unlike closures it can be pickled, and two of one value are equal.
+
+    Parameters
+    ----------
+    value : scalar or array
+        A Python or NumPy scalar is held to gpuconst's value policy: what does not fit the dtype is
+        refused. An array, traced ones among them, is broadcast to the shape by JAX.
+    dtype : optional
+        For calls without one; by default JAX's default float.
+
+    Raises
+    ------
+    TypeError
+        If the value is no number and no array, when the initializer is made; or does not have the kind of
+        the dtype, when it is called.
+    OverflowError
+        When called, if the value does not fit the dtype.
+
+    Examples
+    --------
+    >>> import gpuconst
+    >>> gpuconst.jax.constant(0.5)(None, (2, 3), "bfloat16")
+    Array([[0.5, 0.5, 0.5],
+           [0.5, 0.5, 0.5]], dtype=bfloat16)
+    """
+
+    __slots__ = ("dtype", "value")
+
+    value: Any
+    dtype: Any
+
+    def __init__(self, value: Any, dtype: Any = None) -> None:
+        if isinstance(value, str | bytes) or value is None:
+            raise TypeError(f"constant takes a number or an array, not {value!r}")
+        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+            value = value.item()  # the dtype of a value does not count
+        self.value = value
+        self.dtype = None if dtype is None else jax.numpy.dtype(dtype)
+
+    def __call__(self, key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
+        """Return an array filled with the value.
+
+        Parameters
+        ----------
+        key : optional
+            Not used; JAX's initializers take one.
+        shape : sequence of int
+            Elements along each dimension.
+        dtype : optional
+            By default that of the initializer. 64-bit types become 32-bit ones where JAX has them off.
+        out_sharding : optional
+            As JAX's own initializers take it.
+
+        Returns
+        -------
+        jax.Array
+        """
+        asked = self.dtype if dtype is None else dtype
+        row = None
+        if _is_scalar(self.value):
+            row = _row(asked)
+            if row is not None and out_sharding is None and _is_plain(shape) and _fills_host_memory():
+                array = full(shape, self.value, dtype=row.name, device="cpu")
+                _log.debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
+                # Not through DLPack, which commits an array to its device; JAX's own are free.
+                return jax.device_put(array.to_numpy())
+            if row is not None:
+                encode(self.value, row)
+        shard = {} if out_sharding is None else {"out_sharding": out_sharding}
+        return jax.nn.initializers.constant(self.value)(key, shape, asked, **shard)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, constant) or self.dtype != other.dtype:
+            return False
+        if self.value is other.value:
+            return True
+        if _is_scalar(self.value) and _is_scalar(other.value):
+            return repr(self.value) == repr(other.value)  # tells -0.0 from 0.0 and 1 from True; nan equals itself
+        if any(isinstance(value, jax.core.Tracer) or _is_scalar(value) for value in (self.value, other.value)):
+            return False
+        mine, theirs = np.asarray(self.value), np.asarray(other.value)
+        return mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()
+
+    def __hash__(self) -> int:
+        return hash((repr(self.value) if _is_scalar(self.value) else None, self.dtype))
+
+    def __reduce__(self) -> Any:
+        return constant, (self.value, self.dtype)
+
+    def __repr__(self) -> str:
+        return f"gpuconst.jax.constant({self.value!r}{'' if self.dtype is None else f', dtype={self.dtype.name!r}'})"
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | complex)
+
+
+def _is_plain(shape: Any) -> bool:
+    """Whether all dimensions are numbers; of others, such as those of an export, JAX has its own to say."""
+    return isinstance(shape, Sequence) and all(isinstance(length, int | np.integer) for length in shape)
+
+
+def _row(dtype: Any) -> DType | None:
+    """Return the dtype of an array that JAX makes, if it is one of ours and JAX has nothing to say about it."""
+    if dtype is None:
+        return resolve_dtype(jax.dtypes.result_type(float))
+    try:
+        row = resolve_dtype(dtype)
+    except TypeError:  # int4, random keys
+        return None
+    return row if jax.dtypes.canonicalize_dtype(row.numpy) == row.numpy else None  # else it warns
+
+
+def _fills_host_memory() -> bool:
+    """Whether JAX would make an array now, whole, on the CPU."""
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    platform = jax.default_backend() if default is None else getattr(default, "platform", default)
+    if platform != "cpu" or _trace_state() != _not_tracing:
+        return False
+    empty: bool = jax.sharding.get_abstract_mesh().empty
+    return empty
+
+
+def _trace_state() -> Any:
+    return get_opaque_trace_state(convention="flax")  # type: ignore[no-untyped-call]
+
+
+def _trace_state_of_a_new_thread() -> Any:
+    """Return the state of tracing nothing; whoever imports this module may be tracing."""
+    states: list[Any] = []
+    thread = threading.Thread(target=lambda: states.append(_trace_state()))
+    thread.start()
+    thread.join()
+    return states[0]
+
+
+_not_tracing = _trace_state_of_a_new_thread()
