@@ -129,7 +129,8 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
     if compiling():
         from .torch_eager import eagerly
 
-        return eagerly(fill_many, xs, fill_values, stream=stream)
+        eagerly(fill_many, xs, fill_values, stream=stream)
+        return
     start = time.perf_counter()
     arrays, steps = _prepared(xs, fill_values, stream)
     _fill(steps, stream, _tensors(arrays))
@@ -212,7 +213,8 @@ class FillPlan:
         if compiling():
             from .torch_eager import eagerly
 
-            return eagerly(FillPlan.fill, self, stream)
+            eagerly(FillPlan.fill, self, stream)
+            return
         start = time.perf_counter()
         for tensor in self._restricted:
             check_writable(tensor)

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 
 import pytest
+
 from gpuconst.kernels.cuda_driver import driver
 
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -174,7 +174,7 @@ def test_capture_refuses_what_allocates(backend: str, torch: Any, what: str) -> 
     xs = [torch.zeros(n, device="cuda") for n in (10, 20)]
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
-    refused = {
+    refused: dict[str, Callable[[], Any]] = {
         "full": lambda: gpuconst.full(3, 1.0, device="cuda", stream=stream),
         "fill_many": lambda: gpuconst.fill_many(xs, 1.0),
     }
