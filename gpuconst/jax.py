@@ -100,7 +100,7 @@ class constant:
                 array = full(shape, self.value, dtype=row.name, device="cpu")
                 _log.debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
                 # Not through DLPack, which commits an array to its device; JAX's own are free.
-                return jax.device_put(array.to_numpy())
+                return jax.device_put(array.to_numpy(), may_alias=True)
             if row is not None:
                 encode(self.value, row)
         shard = {} if out_sharding is None else {"out_sharding": out_sharding}
