@@ -232,7 +232,10 @@ def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
 
 
 def _tensorflow_device(name: str) -> str | None:
-    kind, _, index = name.rpartition("/device:")[2].partition(":")
+    job, _, device = name.rpartition("/device:")
+    if "/job:" in job and "/job:localhost" not in job:  # another machine of a cluster
+        return None
+    kind, _, index = device.partition(":")
     return {"CPU": "cpu", "GPU": f"cuda:{index}"}.get(kind)
 
 
