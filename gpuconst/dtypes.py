@@ -120,16 +120,15 @@ def resolve_dtype(dtype: Any) -> DType:
 
 def _resolve_foreign(dtype: Any) -> DType:
     torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
-    name = None
+    found: Any = dtype
     if torch is not None and isinstance(dtype, torch.dtype):
-        name = str(dtype).removeprefix("torch.")
+        found = str(dtype).removeprefix("torch.")
+        if found in DTYPES:
+            _ALIASES[dtype] = DTYPES[found]  # a fill asks for it each time; TensorFlow's own equal numbers
+            return DTYPES[found]
     elif tensorflow is not None and isinstance(dtype, tensorflow.DType):
-        name = dtype.name
-    if name in DTYPES:
-        _ALIASES[dtype] = DTYPES[name]  # there are few of these objects, and each is asked for often
-        return DTYPES[name]
-    found: Any = dtype if name is None else name
-    if not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
+        found = dtype.name
+    elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
         found = dtype.dtype  # jax.numpy.float32 and its like
     if found is not None:
         with contextlib.suppress(TypeError):
