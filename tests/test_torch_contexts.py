@@ -169,6 +169,8 @@ class ManyFilled(torch.nn.Module):
 def test_a_recorded_fill_is_refused(module: type[torch.nn.Module], mode: Any) -> None:
     with pytest.raises(RuntimeError, match=r"tracing into a graph, which would lack the fill; use x\.fill_"):
         make_fx(module(), tracing_mode=mode)(torch.ones(3))
+    with pytest.raises(RuntimeError, match="tracing into a graph"):
+        make_fx(module(), tracing_mode=mode, pre_dispatch=True)(torch.ones(3))
 
 
 def test_a_plan_is_not_recorded_either() -> None:
