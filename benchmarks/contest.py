@@ -27,6 +27,8 @@ class Contender:
         May raise `MissingError`; a library that is not installed counts as that, and for a peer any failure.
     ours : bool
         Whether it is gpuconst, and so is compared with those that are not.
+    beside : bool
+        Whether it does less than the row asks for, and so is shown but not counted as a rival.
     threads : int or None
         What ``torch.set_num_threads`` is given, None for the number of cores.
     environment : mapping of str to str
@@ -36,6 +38,7 @@ class Contender:
     name: str
     make: Callable[..., Callable[[], Any]]
     ours: bool = False
+    beside: bool = False
     threads: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from benchmarks.results import CaseResult, RowResult
 from benchmarks.statistics import ratio, summary
 
 #: Seconds of a full run's row after which no further round begins, and the rounds it has at least.
-BUDGET, FEWEST_ROUNDS = 4.0, 5
+BUDGET, FEWEST_ROUNDS = 3.0, 5
 QUICK_ROUNDS = 2
 
 METHOD = (
@@ -179,6 +179,7 @@ class _Contest:
             row.nbytes,
             {label: summary(values) for label, values in samples.items()},
             [our.label for our in ours],
+            [peer.label for peer in peers if peer.contender.beside],
             {
                 our.label: {
                     peer.label: ratio(samples[our.label], samples[peer.label])

@@ -50,7 +50,9 @@ def plot_growth(results: Results, path: Path) -> None:
     _draw([case for case in results.cases.values() if case.axis], _growth_panel, path)
 
 
-def _draw(cases: list[CaseResult], panel: Callable[[Axes, CaseResult, dict[str, str]], None], path: Path) -> None:
+def _draw(
+    cases: list[CaseResult], panel: Callable[[Axes, CaseResult, dict[str, dict[str, Any]]], None], path: Path
+) -> None:
     if not cases:
         raise ValueError("there is nothing to plot: none of these cases has a size")
     import matplotlib
@@ -64,34 +66,42 @@ def _draw(cases: list[CaseResult], panel: Callable[[Axes, CaseResult, dict[str, 
         figure, axes = pyplot.subplots(
             rows, columns, figsize=(_PANEL[0] * columns, _PANEL[1] * rows), squeeze=False, layout="constrained"
         )
-        colours = _colours(cases)
+        styles = _styles(cases)
         for place in axes.flat[len(cases) :]:
             place.set_axis_off()
         for place, case in zip(axes.flat, cases, strict=False):
             place.set_title(case.title, fontsize=9)
             place.set_xscale("log", base=2 if case.axis == "bytes" else 10)
-            place.set_yscale("log")
-            panel(place, case, colours)
+            if case.unit == "s":
+                place.set_yscale("log")
+            panel(place, case, styles)
             if case.axis == "bytes":
                 place.xaxis.set_major_formatter(lambda value, _: size(value))
             else:
                 place.set_xlabel(case.axis)
             place.tick_params(axis="x", labelrotation=30)
         lines = {line.get_label(): line for place in axes.flat for line in place.get_lines()}
-        named = {name: line for name, line in lines.items() if name in colours}
+        named = {name: line for name, line in lines.items() if name in styles}
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
         # No date, so that the same results make the same file.
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
         pyplot.close(figure)
 
 
-def _colours(cases: list[CaseResult]) -> dict[str, str]:
-    """Return a colour for each contender, the same in all panels; gpuconst is black."""
+def _styles(cases: list[CaseResult]) -> dict[str, dict[str, Any]]:
+    """Return how to draw each contender, the same in all panels: peers in colours, gpuconst black and thick."""
     peers = dict.fromkeys(peer for case in cases for peer in case.peers)
     ours = dict.fromkeys(name for case in cases for name in case.ours)
+    dashes = ("-", "--", ":", "-.")
     return {
-        **{peer: f"C{index % 10}" for index, peer in enumerate(peers)},
-        **{name: f"{0.25 * index:.2f}" for index, name in enumerate(ours)},
+        **{
+            peer: {"color": f"C{index % 10}", "linestyle": dashes[index // 10], "linewidth": 1}
+            for index, peer in enumerate(peers)
+        },
+        **{
+            name: {"color": "black", "linestyle": dashes[index % len(dashes)], "linewidth": 1.8}
+            for index, name in enumerate(ours)
+        },
     }
 
 
@@ -99,28 +109,27 @@ def _points(case: CaseResult, holds: Callable[[RowResult], bool]) -> list[RowRes
     return sorted((row for row in case.rows if row.x is not None and holds(row)), key=lambda row: row.x or 0)
 
 
-def _ratio_panel(axes: Axes, case: CaseResult, colours: dict[str, str]) -> None:
+def _ratio_panel(axes: Axes, case: CaseResult, styles: dict[str, dict[str, Any]]) -> None:
     ours = case.ours[0]
     for peer in case.peers:
         rows = _points(case, lambda row, peer=peer: peer in row.ratios.get(ours, {}))  # type: ignore[misc]
         if rows:
             ratios = [row.ratios[ours][peer] for row in rows]
             xs = [row.x for row in rows if row.x is not None]
-            axes.plot(xs, [ratio.median for ratio in ratios], marker=".", label=peer, color=colours[peer])
+            axes.plot(xs, [ratio.median for ratio in ratios], marker=".", label=peer, **styles[peer])
             low, high = [ratio.low for ratio in ratios], [ratio.high for ratio in ratios]
-            axes.fill_between(xs, low, high, alpha=0.15, color=colours[peer])
+            axes.fill_between(xs, low, high, alpha=0.15, color=styles[peer]["color"])
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel(f"{ours} / peer (below 1: ahead)")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _growth_panel(axes: Axes, case: CaseResult, colours: dict[str, str]) -> None:
+def _growth_panel(axes: Axes, case: CaseResult, styles: dict[str, dict[str, Any]]) -> None:
     for name in [*case.peers, *case.ours]:
         rows = _points(case, lambda row, name=name: name in row.measured)  # type: ignore[misc]
         if rows:
             xs = [row.x for row in rows if row.x is not None]
             per = [row.nbytes for row in rows] if case.unit == "bytes" else xs
             costs = [row.measured[name].median / count for row, count in zip(rows, per, strict=True)]
-            width = 2 if name in case.ours else 1
-            axes.plot(xs, costs, marker=".", label=name, color=colours[name], linewidth=width)
+            axes.plot(xs, costs, marker=".", label=name, **styles[name])
     axes.set_ylabel("bytes at the peak for a byte" if case.unit == "bytes" else f"seconds for {_ONE[case.axis]}")

@@ -22,6 +22,8 @@ class RowResult:
         What each contender took, in the case's unit.
     ours : list of str
         The contenders that are gpuconst.
+    beside : list of str
+        The peers that do less than the row asks for.
     ratios : dict of str to dict of str to Summary
         For each of ours, ours / peer by peer.
     missing : dict of str to str
@@ -33,12 +35,14 @@ class RowResult:
     nbytes: int = 0
     measured: dict[str, Summary] = field(default_factory=dict)
     ours: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
     ratios: dict[str, dict[str, Summary]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
     def fastest(self, ours: str) -> str | None:
-        """Return the peer with the least median, None where there is none."""
-        return min(self.ratios[ours], key=lambda peer: self.measured[peer].median, default=None)
+        """Return the peer with the least median among those that do all of the work, None where there is none."""
+        rivals = [peer for peer in self.ratios[ours] if peer not in self.beside]
+        return min(rivals, key=lambda peer: self.measured[peer].median, default=None)
 
 
 @dataclass

@@ -29,9 +29,13 @@ def quantity(value: float, unit: str) -> str:
 
 def ratio_cell(ratio: Summary) -> str:
     """Return a ratio with its quartiles; bold where gpuconst is behind."""
-    median = f"{ratio.median:.2f}"
-    spread = f" ({ratio.low:.2f}-{ratio.high:.2f})" if ratio.samples > 1 else ""
+    median = _two_digits(ratio.median)
+    spread = f" ({_two_digits(ratio.low)}-{_two_digits(ratio.high)})" if ratio.samples > 1 else ""
     return (f"**{median}**" if float(median) > 1 else median) + spread
+
+
+def _two_digits(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def header(results: Results) -> str:

@@ -83,6 +83,7 @@ def test_ratio_is_bold_where_gpuconst_is_behind() -> None:
     assert ratio_cell(Summary(0.5, 0.4, 0.6, 9)) == "0.50 (0.40-0.60)"
     assert ratio_cell(Summary(1.5, 1.4, 1.6, 9)) == "**1.50** (1.40-1.60)"
     assert ratio_cell(Summary(1.004, 1.004, 1.004, 1)) == "1.00"
+    assert ratio_cell(Summary(0.00456, 0.00456, 0.0123, 9)) == "0.0046 (0.0046-0.012)"
 
 
 def test_markdown_columns_line_up() -> None:
@@ -118,6 +119,14 @@ def test_summary_shows_the_worst_row_too(results: Results) -> None:
     assert "0.50 (1 MiB, against torch.full)" in line
     assert "**2.00** (1 KiB, against np.full)" in line
     assert "1 of 2" in line
+
+
+def test_peer_that_does_less_is_shown_but_is_no_rival(results: Results) -> None:
+    row = results.cases["creation"].rows[0]
+    assert row.fastest("full") == "np.full"
+    row.beside.append("np.full")
+    assert row.fastest("full") == "torch.full"
+    assert "**2.00**" in case_table(results.cases["creation"])
 
 
 def test_document_begins_with_the_machine(results: Results) -> None:
@@ -378,3 +387,16 @@ def test_command_says_what_is_wrong(arguments: list[str], status: int, message: 
     done = _run(*arguments)
     assert done.returncode == status
     assert message in " ".join(done.stderr.split())
+
+
+def test_gpu_contenders_without_a_gpu_say_why(tmp_path: Path) -> None:
+    tree = trees.snapshot(None, tmp_path / "tree")
+    for name in cases.GPU:
+        for contender in cases.load(name).rows(True)[0].contenders:
+            if contender.ours:
+                with (
+                    Worker(environment(tree, False, contender.environment)) as worker,
+                    pytest.raises(MissingError, match="CUDA"),
+                ):
+                    worker.ask("prepare", case=name, row=0, contender=contender.name, quick=True)
+                break

@@ -23,8 +23,17 @@ _CYCLES_A_CALL = 50_000
 
 def on_each_backend(contender: Contender) -> list[Contender]:
     """Return one of our contenders for each backend that fills on GPUs, in a process of its own."""
+
+    def make(**arguments: Any) -> Callable[[], Any]:
+        import gpuconst
+
+        try:
+            return contender.make(**arguments)
+        except gpuconst.DeviceUnavailableError as error:  # one library alone serves
+            raise MissingError(str(error)) from error
+
     return [
-        replace(contender, name=f"{contender.name}, {backend}", environment={"GPUCONST_BACKEND": backend})
+        replace(contender, name=f"{contender.name}, {backend}", make=make, environment={"GPUCONST_BACKEND": backend})
         for backend in BACKENDS
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ def _keeping(contender: Contender) -> Contender:
 
         return measure
 
-    return Contender(contender.name, make, contender.ours, contender.threads)
+    return dataclasses.replace(contender, make=make)
 
 
 _CONTENDERS = [

@@ -110,7 +110,7 @@ _CONTENDERS = [
     Contender("loop of fill_", _timed(_loop)),
     Contender("loop of fill_ in a graph", _timed(_graphed(_loop))),
     Contender("loop of fill_, compiled", _timed(_compiled)),
-    Contender("_foreach_zero_ (zeros only)", _timed(_foreach_zero, zeros=True)),
+    Contender("_foreach_zero_ (zeros only)", _timed(_foreach_zero, zeros=True), beside=True),
     Contender("_foreach_zero_ + _foreach_add_", _timed(_foreach_zero_add)),
     Contender("_foreach_copy_ (from as much memory)", _timed(_foreach_copy)),
 ]

@@ -129,7 +129,7 @@ _CONTENDERS = [
     Contender("fill_many", fill_many, ours=True),
     Contender("plan.fill", plan, ours=True),
     Contender("loop of Tensor.fill_", loop, threads=1),
-    Contender("_foreach_zero_ (zeros only)", _foreach_zero, threads=1),
+    Contender("_foreach_zero_ (zeros only)", _foreach_zero, beside=True, threads=1),
     Contender("_foreach_copy_ (from as much memory)", _foreach_copy, threads=1),
     Contender("_foreach_zero_ + _foreach_add_", _foreach_zero_add, threads=1),
 ]

@@ -92,4 +92,4 @@ def rows(quick: bool) -> list[Row]:
     ]
 
 
-CASE = Case("Many small arrays, in a fresh process", rows, fresh=True, rounds=7)
+CASE = Case("Many small arrays, in a fresh process", rows, fresh=True, rounds=5)

@@ -45,4 +45,4 @@ def rows(quick: bool) -> list[Row]:
     return [Row(step, contenders, {"step": step}) for step in ("import", "first array")]
 
 
-CASE = Case("Start of a process", rows, rounds=9)
+CASE = Case("Start of a process", rows, rounds=5)
