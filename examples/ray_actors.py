@@ -4,7 +4,7 @@ Arrays are made inside the actor: what `ray.get` returns is read-only, so `gpuco
 Run it as ``python examples/ray_actors.py``.
 """
 
-import resource
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -14,17 +14,22 @@ import gpuconst
 PARTS, LENGTH = 2, 16 << 20  # 64 MiB of float32 each
 
 
+def peak() -> int:
+    """Return the most memory that this process ever had, in MiB."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
+
+
 @ray.remote
 class Part:
     """A part of the array."""
 
     def __init__(self) -> None:
-        self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.before = peak()
         self.array = gpuconst.full(LENGTH, 0.5, device="cpu").to_numpy()
 
     def grown(self) -> int:
         """Return by how many MiB the peak memory of this process grew."""
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.before) >> 10
+        return peak() - self.before
 
     def refill(self, value: float) -> float:
         """Fill the part anew, in place, and return its mean."""

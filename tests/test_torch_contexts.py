@@ -219,7 +219,7 @@ def run_ranks(tmp_path: Path) -> Callable[[str, int], list[str]]:
 
     def run(code: str, count: int) -> list[str]:
         opening = f"""
-            import torch, gpuconst, os
+            import torch, gpuconst, os, sys
             import torch.distributed as dist
             rank = int(os.environ["RANK"])
             dist.init_process_group(
@@ -228,6 +228,8 @@ def run_ranks(tmp_path: Path) -> Callable[[str, int], list[str]]:
             mesh = dist.device_mesh.init_device_mesh("cpu", ({count},))
         """
         source = textwrap.dedent(opening) + textwrap.dedent(code) + "\ndist.barrier()\ndist.destroy_process_group()\n"
+        # Without the interpreter's own end: gloo's threads now and then outlive it, and abort the process.
+        source += "sys.stdout.flush()\nos._exit(0)\n"
         processes = [
             subprocess.Popen(
                 [sys.executable, "-P", "-c", source],
