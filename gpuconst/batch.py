@@ -148,7 +148,9 @@ def _plain_part(
     found: Columns, chosen: np.ndarray, positions: np.ndarray, fill_value: Any, values: Sequence[Any] | None
 ) -> _Part:
     """Return the part of plain tensors on one device, which are a run each."""
-    dtypes = [found.dtypes[index] for index in chosen.tolist()]
+    dtypes = found.dtypes
+    if len(chosen) < len(dtypes):
+        dtypes = [dtypes[index] for index in chosen.tolist()]
     rows: dict[Any, DType] = {}
     elements: list[bytes] = []
     position = 0
@@ -164,7 +166,7 @@ def _plain_part(
     except (TypeError, ValueError, OverflowError) as error:
         raise type(error)(f"xs[{position}]: {error}") from None
     words = tiles(elements)
-    if values is None:
+    if values is None and len(rows) > 1:
         numbers = {dtype: number for number, dtype in enumerate(rows)}
         words = words[np.fromiter(map(numbers.__getitem__, dtypes), np.int64, len(dtypes))]
     runs = np.zeros(len(chosen), RUN)

@@ -60,8 +60,9 @@ def tensor_positions(arrays: Sequence[Any]) -> Sequence[int]:
     torch = sys.modules.get("torch")
     if torch is None:
         return []
-    kinds = {kind for kind in set(map(type, arrays)) if issubclass(kind, torch.Tensor)}
-    if kinds.issuperset(map(type, arrays)):
+    every = set(map(type, arrays))
+    kinds = {kind for kind in every if issubclass(kind, torch.Tensor)}
+    if kinds == every:
         return range(len(arrays))
     return [index for index, kind in enumerate(map(type, arrays)) if kind in kinds]
 
@@ -207,6 +208,12 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     def read(fact: Callable[[Any], Any], dtype: Any = np.bool_) -> np.ndarray:
         return np.fromiter(map(fact, tensors), dtype, count)
 
+    def true(fact: Callable[[Any], bool]) -> np.ndarray | bool:
+        return all(map(fact, tensors)) or read(fact)  # of most facts all tensors say the same
+
+    def false(fact: Callable[[Any], bool]) -> np.ndarray | bool:
+        return not any(map(fact, tensors)) or ~read(fact)
+
     kinds = set(map(type, tensors))
     ordinary = kinds <= _plain_types() and torch.autograd.forward_ad._current_level < 0
     if ordinary:
@@ -221,20 +228,26 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     nbytes = read(operator.attrgetter("nbytes"), np.uint64)
     dtypes = list(map(operator.attrgetter("dtype"), tensors))
     itemsizes = {dtype: dtype.itemsize for dtype in set(dtypes)}
+    steps = (
+        np.fromiter(map(itemsizes.__getitem__, dtypes), np.uint64, count)
+        if len(itemsizes) > 1
+        else [*itemsizes.values()]
+    )
     # Null covers storage that was freed. Storage cut short is found by the look at a single tensor only:
     # asking each for its storage would double the time here, and torch's own fill_ does not ask.
-    plain = read(tensor_type.is_contiguous) & (addresses != 0)
-    plain &= addresses % np.fromiter(map(itemsizes.__getitem__, dtypes), np.uint64, count) == 0
-    plain &= ~(read(tensor_type.is_neg) | read(tensor_type.is_conj))
+    plain = (addresses != 0) & (addresses % np.array(steps, np.uint64) == 0)
+    plain &= true(tensor_type.is_contiguous)
+    plain &= false(tensor_type.is_neg)
+    plain &= false(tensor_type.is_conj)
     devices = np.full(count, -1)
-    on_cpu = read(operator.attrgetter("is_cpu"))
-    if not on_cpu.all():
+    on_cpu = true(operator.attrgetter("is_cpu"))
+    if on_cpu is not True:
         devices = read(tensor_type.get_device, np.int64)
         plain &= on_cpu | read(operator.attrgetter("is_cuda"))
     if not torch.is_inference_mode_enabled():
-        plain &= ~read(tensor_type.is_inference)
+        plain &= false(tensor_type.is_inference)
     if torch.is_grad_enabled():
-        plain &= ~read(operator.attrgetter("requires_grad"))
+        plain &= false(operator.attrgetter("requires_grad"))
     return Columns(plain, addresses, nbytes, devices, dtypes)
 
 
