@@ -39,3 +39,11 @@ def test_linked_files_exist() -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_support_table_is_what_is_found() -> None:
+    command = [sys.executable, "-m", "benchmarks.support"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("zero-copy") > 4
+    assert f"<!-- support -->\n{run.stdout}<!-- /support -->" in README
