@@ -58,4 +58,4 @@ def rows(quick: bool) -> list[Row]:
     ]
 
 
-CASE = Case("Cost as the number of arrays grows", rows, check=_check, axis="arrays", rounds=5)
+CASE = Case("Cost as the number of arrays grows", rows, check=_check, axis="arrays", rounds=3)
