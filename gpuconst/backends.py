@@ -150,7 +150,11 @@ def _select(device: str | None) -> Place:
         kinds = [kind]
     reasons: dict[str, str] = {}
     for kind in kinds:
+        absent = cuda_driver.missing() if kind == "cuda" else None
         for name in candidates(kind, forced):
+            if absent is not None:  # not worth importing what would say the same
+                reasons[name] = absent
+                continue
             module = load(name)
             position = index if index is not None else module.current_index()
             reason = module.why_not(position)

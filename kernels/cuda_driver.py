@@ -79,13 +79,22 @@ class Driver(NamedTuple):
     why_not: str | None
 
 
+def missing() -> str | None:
+    """Return that there is no driver, or None where there is one; does not call it."""
+    try:
+        _library()
+    except OSError as error:
+        return f"no NVIDIA driver ({error})"
+    return None
+
+
 @functools.cache
 def driver() -> Driver:
     """Ask the driver, once a process; initialises CUDA, makes no context."""
-    try:
-        cuda = _library()
-    except OSError as error:
-        return Driver(0, (), f"no NVIDIA driver ({error})")
+    absent = missing()
+    if absent is not None:
+        return Driver(0, (), absent)
+    cuda = _library()
     status = cuda.cuInit(0)
     version = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(version))
@@ -128,11 +137,7 @@ def why_not(index: int) -> str | None:
 
 def is_expected() -> bool:
     """Whether a GPU should be usable here, as far as can be told without a call of the driver."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    try:
-        _library()
-    except OSError:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or missing() is not None:
         return False
     return driver.cache_info().currsize == 0 or driver().why_not != _explain(_NO_DEVICE)
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import math
 import re
@@ -16,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import cubin_cache, cuda_driver, cuda_fill
+from . import cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
 from .cuda_lease import Lease
 from .runs import THREADS, Launch, Region, run_launch, tile
@@ -245,6 +243,8 @@ def _pool(index: int) -> Any:
 def _kernel(name: str, index: int) -> Any:
     from cuda.core import ObjectCode
 
+    from . import cubin_cache
+
     major, minor = cuda_driver.driver().devices[index].capability
     arch = f"sm_{major}{minor}"
     cubin = cubin_cache.load_or_make(_key(name, arch), lambda: _link(_compile(name, arch), arch))
@@ -253,6 +253,10 @@ def _kernel(name: str, index: int) -> Any:
 
 def _key(name: str, arch: str) -> str:
     """Return a digest of everything that a cubin depends on."""
+    # Slow to import, and needed only where there is a GPU.
+    import hashlib
+    import importlib.metadata
+
     from cuda.bindings import nvjitlink
 
     versions = [importlib.metadata.version(package) for package in ("numba", "numba-cuda", "llvmlite", "cuda-core")]
