@@ -36,7 +36,7 @@ _NO_DEVICE = 100
 _ERRORS = {
     3: "this process was forked after CUDA was initialised in its parent, which leaves CUDA unusable; "
     "start it with the 'spawn' method",
-    _NO_DEVICE: "the driver finds no device",
+    _NO_DEVICE: "the driver finds no device: none is attached, or the card is in MIG mode and has no instance",
     803: "the driver and the kernel module are of different versions",
     804: "the driver does not support forward compatibility on this device",
     999: "the driver cannot be initialised (is the nvidia-uvm module loaded?)",
