@@ -35,7 +35,7 @@ class DLPackOnly:
         return device
 
 
-class _Tensor(ctypes.Structure):
+class DLTensor(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
@@ -50,18 +50,18 @@ class _Tensor(ctypes.Structure):
     ]
 
 
-class _Legacy(ctypes.Structure):
-    _fields_ = [("tensor", _Tensor), ("manager_context", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+class DLManagedTensor(ctypes.Structure):
+    _fields_ = [("tensor", DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
 
 
-class _Versioned(ctypes.Structure):
+class DLManagedTensorVersioned(ctypes.Structure):
     _fields_ = [
         ("major", ctypes.c_uint32),
         ("minor", ctypes.c_uint32),
-        ("manager_context", ctypes.c_void_p),
+        ("manager_ctx", ctypes.c_void_p),
         ("deleter", ctypes.c_void_p),
         ("flags", ctypes.c_uint64),
-        ("tensor", _Tensor),
+        ("tensor", DLTensor),
     ]
 
 
@@ -100,7 +100,7 @@ class Exporter:
         return self.guarded[64:-64].view(np.float32).reshape(3, 4)
 
     def __dlpack__(self, **arguments: Any) -> Any:
-        tensor = _Tensor(
+        tensor = DLTensor(
             self.memory.ctypes.data if self.data is None else self.data,
             self.device_type,
             self.device_id,
@@ -114,9 +114,9 @@ class Exporter:
         )
         managed: Any
         if self.version is None:
-            managed, name = _Legacy(tensor), _LEGACY
+            managed, name = DLManagedTensor(tensor), _LEGACY
         else:
-            managed, name = _Versioned(*self.version, None, None, self.flags, tensor), _VERSIONED
+            managed, name = DLManagedTensorVersioned(*self.version, None, None, self.flags, tensor), _VERSIONED
         self._kept = managed  # nothing frees it but this object: there is no deleter
         return _new(ctypes.addressof(managed), name, None)
 

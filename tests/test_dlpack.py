@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lying_capsules import DLManagedTensor, DLManagedTensorVersioned
 
 import gpuconst
 from gpuconst.dlpack import read_capsule, retag
@@ -25,39 +26,6 @@ COMPLEX = ["complex64", "complex128"]
 TORCH_LACKS = ["float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz"]
 SIXTY_FOUR_BITS = {"int64": "int32", "uint64": "uint32", "float64": "float32", "complex128": "complex64"}
 KIB, MIB = 1 << 10, 1 << 20
-
-# dlpack.h, written out once more: the library's own reading of it is what is tested.
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class DLManagedTensor(ctypes.Structure):
-    _fields_ = [("tensor", DLTensor), ("manager_ctx", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
-
-
-class DLManagedTensorVersioned(ctypes.Structure):
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", DLTensor),
-    ]
-
 
 #: DLDataTypeCode and bits.
 CODES = {
