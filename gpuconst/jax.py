@@ -103,6 +103,8 @@ class constant:
                 return jax.device_put(array.to_numpy(), may_alias=True)
             if row is not None:
                 encode(self.value, row)
+            else:
+                check_narrowed(self.value, asked)
         shard = {} if out_sharding is None else {"out_sharding": out_sharding}
         return jax.nn.initializers.constant(self.value)(key, shape, asked, **shard)
 
@@ -146,6 +148,22 @@ def _row(dtype: Any) -> DType | None:
     except TypeError:  # int4, random keys
         return None
     return row if jax.dtypes.canonicalize_dtype(row.numpy) == row.numpy else None  # else it warns
+
+
+def check_narrowed(value: Any, dtype: Any) -> None:
+    """Hold a value to the type that JAX has instead of a 64-bit one; JAX itself would wrap it."""
+    try:
+        asked = resolve_dtype(dtype)
+    except TypeError:  # int4, random keys
+        return
+    row = resolve_dtype(jax.dtypes.canonicalize_dtype(asked.numpy))
+    try:
+        encode(value, row)
+    except OverflowError as error:
+        raise OverflowError(
+            f"{error}; JAX takes {row.name} for {asked.name} while 64-bit types are off; "
+            "enable them: jax.config.update('jax_enable_x64', True)"
+        ) from None
 
 
 def _fills_host_memory() -> bool:

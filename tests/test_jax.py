@@ -81,6 +81,20 @@ def test_64_bit_types_follow_jaxs_setting(name: str, addresses: Callable[[], lis
     assert (made == 2).all()
 
 
+@pytest.mark.parametrize(
+    ("value", "name"), [(2**40, "int64"), (2**63, "uint64"), (1e300, "float64"), (1e300 + 0j, "complex128")]
+)
+def test_what_the_32_bits_cannot_hold_is_refused(value: Any, name: str) -> None:
+    def make() -> Any:
+        return constant(value)(None, (3,), name)
+
+    for function in (make, jax.jit(make)):
+        with pytest.raises(OverflowError, match=rf"for {name} while 64-bit types are off; enable them: jax.config"):
+            function()
+    with jax.enable_x64(True):
+        assert make().tolist() == [value] * 3
+
+
 # While JAX traces.
 
 
@@ -267,7 +281,7 @@ def test_shards_and_default_devices(run_python: Callable[..., str]) -> None:
             try:
                 ours(None, (16,), jnp.float32, P("y"))
             except ValueError as error:
-                print(type(error).__name__)
+                print(error)
         try:
             ours(None, (16,), jnp.float32, P("x"))
         except ValueError as error:
@@ -291,7 +305,7 @@ def test_shards_and_default_devices(run_python: Callable[..., str]) -> None:
         assert (mapped(sharded) == 1.5).all()
     """
     flags = "--xla_force_host_platform_device_count=8"
-    assert run_python(code, XLA_FLAGS=flags) == "ValueError"
+    assert "axis: y of P('y',) is not found in mesh: ('x',)" in run_python(code, XLA_FLAGS=flags)
 
 
 # flax: models are built with it, and train.
