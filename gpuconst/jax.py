@@ -25,6 +25,11 @@ try:
 except ImportError:  # JAX before 0.9
     from jax.core import get_opaque_trace_state
 
+try:  # what `jax.device_put` ends in, at a fifth of its cost
+    from jaxlib.xla_client import batched_device_put
+except ImportError:  # jaxlib promises to keep nothing
+    batched_device_put = None
+
 __all__ = ["constant"]
 
 _log = logging.getLogger("gpuconst")
@@ -96,11 +101,12 @@ class constant:
         row = None
         if _is_scalar(self.value):
             row = _row(asked)
-            if row is not None and out_sharding is None and _is_plain(shape) and _fills_host_memory():
+            device = _cpu_device() if row is not None and out_sharding is None and _is_plain(shape) else None
+            if row is not None and device is not None:
+                device.memory_stats()  # JAX lets go of memory that it does not own when it is called next
                 array = full(shape, self.value, dtype=row.name, device="cpu")
                 _log.debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
-                # Not through DLPack, which commits an array to its device; JAX's own are free.
-                return jax.device_put(array.to_numpy(), may_alias=True)
+                return _as_jax(array.to_numpy(), device)
             if row is not None:
                 encode(self.value, row)
             else:
@@ -166,14 +172,27 @@ def check_narrowed(value: Any, dtype: Any) -> None:
         ) from None
 
 
-def _fills_host_memory() -> bool:
-    """Whether JAX would make an array now, whole, on the CPU."""
+def _cpu_device() -> jax.Device | None:
+    """Return the device on which JAX would make an array now, if it is a CPU and takes the array whole."""
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = jax.default_backend() if default is None else getattr(default, "platform", default)
-    if platform != "cpu" or _trace_state() != _not_tracing:
-        return False
-    empty: bool = jax.sharding.get_abstract_mesh().empty
-    return empty
+    if platform != "cpu" or _trace_state() != _not_tracing or not jax.sharding.get_abstract_mesh().empty:
+        return None
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend="cpu")[0]
+
+
+def _as_jax(array: np.ndarray, device: jax.Device) -> jax.Array:
+    """Return a JAX array of the same memory.
+
+    Not through DLPack, which commits an array to its device; JAX's own are free.
+    """
+    made: jax.Array
+    try:
+        outline = jax.core.ShapedArray(array.shape, array.dtype)
+        made = batched_device_put(outline, jax.sharding.SingleDeviceSharding(device), [array], [device], False)
+    except TypeError:  # it is not there, or takes something else
+        made = jax.device_put(array, may_alias=True)
+    return made
 
 
 def _trace_state() -> Any:

@@ -95,6 +95,45 @@ def test_what_the_32_bits_cannot_hold_is_refused(value: Any, name: str) -> None:
         assert make().tolist() == [value] * 3
 
 
+# Memory.
+
+
+def test_what_is_dropped_is_used_again(run_python: Callable[..., str]) -> None:
+    code = """
+        import gpuconst.jax
+        for _ in range(4):
+            gpuconst.jax.constant(0.5)(None, (1 << 26,)).block_until_ready()
+        # Not getrusage: its peak is inherited from the process that starts this one.
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        print(int(status["VmHWM"].split()[0]) // 1024)
+    """
+    assert int(run_python(code)) < 256 + 224  # one is 256 MiB, and JAX some 160
+
+
+def test_a_jaxlib_without_the_short_way(run_python: Callable[..., str]) -> None:
+    code = """
+        import jax, logging, sys
+        from jaxlib import xla_client
+        put = xla_client.batched_device_put
+        del xla_client.batched_device_put
+        import gpuconst.jax
+        xla_client.batched_device_put = put  # JAX's own way needs it too
+        logging.basicConfig(level=logging.DEBUG, stream=sys.stdout, format="%(msg)s at %(args)s")
+        logging.getLogger("jax").setLevel(logging.WARNING)
+        made = gpuconst.jax.constant(0.5)(None, (3, 500))
+        assert (made == 0.5).all() and not made.committed
+        print(made.unsafe_buffer_pointer())
+    """
+    *_, filled, address = run_python(code).splitlines()
+    assert filled == f"array filled by %s on cpu at %#x at ('numpy', {address})"
+
+
+def test_jaxs_guard_against_transfers_is_heard() -> None:
+    for initializer in (constant(0.5), jax.nn.initializers.constant(0.5)):
+        with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed"):
+            initializer(jax.random.key(0), (3,))
+
+
 # While JAX traces.
 
 
