@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -13,9 +13,24 @@ from .dtypes import DType
 from .errors import CopyNeededError
 from .streams import consumer_handle
 
-__all__ = ["Array"]
+__all__ = ["Array", "Slab"]
 
 _CPU_DEVICE = (CPU, 0)
+
+
+class Slab(NamedTuple):
+    """Memory that many arrays are parts of.
+
+    Attributes
+    ----------
+    carrier : object
+        An array of bytes, from a backend's ``allocate``.
+    address : int
+        Of its first byte.
+    """
+
+    carrier: Any
+    address: int
 
 
 class Array:
@@ -48,6 +63,16 @@ class Array:
         self._dtype = dtype
         self._place = place
         self._stream = stream
+
+    @property
+    def _exporter(self) -> Any:
+        """The carrier; that of a part of a slab is made when it is first asked for, few of thousands ever are."""
+        carrier = self._carrier
+        if type(carrier) is Slab:
+            offset = self._address - carrier.address
+            carrier = self._place.module.carve(carrier.carrier, offset, self._shape, self._dtype.carrier)
+            self._carrier = carrier
+        return carrier
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -153,9 +178,9 @@ class Array:
         """
         if copy is None and dl_device is None and stream is None and self._place.device == "cpu":
             if self._dtype.native:
-                return self._carrier.__dlpack__(max_version=max_version)
+                return self._exporter.__dlpack__(max_version=max_version)
             versioned = max_version is not None and max_version[0] >= 1
-            return retag(self._carrier.__dlpack__(max_version=max_version), self._dtype, versioned=versioned)
+            return retag(self._exporter.__dlpack__(max_version=max_version), self._dtype, versioned=versioned)
         return self._export(stream, max_version, dl_device, copy)
 
     def _export(
@@ -175,9 +200,9 @@ class Array:
         if copy or target != here:
             source = self._copied_to(self._place if target == here else select("cpu"))
         if consumer is not None and target == here:
-            source._place.module.hand_over(source._carrier, self._stream, consumer)
+            source._place.module.hand_over(source._exporter, self._stream, consumer)
         # Ordered above, for every backend alike: -1 tells the carrier's exporter not to.
-        capsule = source._carrier.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
+        capsule = source._exporter.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
         versioned = max_version is not None and max_version[0] >= 1
         return retag(capsule, self._dtype, versioned=versioned, copied=source is not self)
 
@@ -219,7 +244,7 @@ class Array:
         """
         host = self if self._place.device == "cpu" else self._copied_to(select("cpu"))
         # Always a new view: giving it another shape or making it read-only must not reach the carrier.
-        view: np.ndarray = host._carrier.view(self._dtype.numpy)
+        view: np.ndarray = host._exporter.view(self._dtype.numpy)
         return view
 
     def to_torch(self) -> Any:

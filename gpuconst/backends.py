@@ -44,14 +44,8 @@ class Backend(Protocol):
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
         """Return an uninitialised array that owns its memory and exports DLPack, and its address."""
 
-    def carve(
-        self,
-        carrier: Any,
-        offsets: Sequence[int],
-        shapes: Sequence[tuple[int, ...]],
-        dtypes: Sequence[np.dtype[Any]],
-    ) -> list[Any]:
-        """Return arrays within an allocated array of bytes, which each of them keeps alive."""
+    def carve(self, carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Return an array within an allocated array of bytes, which it keeps alive."""
 
     def full(
         self, shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int

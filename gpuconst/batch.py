@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from .dtypes import DType, resolve_dtype
 from .kernels.runs import RUN, TILE, Region, as_run, normalised
 from .torch_rules import Columns, check_writable, columns, has_memory, is_tensor, tensor_positions
-from .values import encode
+from .values import encode, encode_each
 from .views import View, view_of
 
 __all__ = ["Batch", "each_with_value", "gather", "tiles", "writable_view"]
@@ -132,16 +132,51 @@ class _Part(NamedTuple):
     owners: list[Any]
 
 
-def tiles(elements: Sequence[bytes]) -> np.ndarray:
-    """Return the tile of each element where elements are aligned to their itemsize.
+def tiles(values: Sequence[Any], dtypes: Sequence[DType], named: Callable[[int], str]) -> np.ndarray:
+    """Return the tile of each value where elements are aligned to their itemsize.
+
+    Parameters
+    ----------
+    values : sequence of scalar or bytes
+        As for `encode`.
+    dtypes : sequence of DType
+        Of each value.
+    named : callable
+        Gives the name of the value at an index, for messages.
 
     Returns
     -------
     numpy.ndarray of uint64
         Two words a row.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        As `encode`, with the name in the message.
     """
-    repeated = b"".join([element * (TILE // len(element)) for element in elements])
-    return np.frombuffer(repeated, np.uint64).reshape(-1, 2)
+    words = np.empty((len(values), 2), np.uint64)
+    try:
+        kinds = set(dtypes)
+        for dtype in kinds:
+            if len(kinds) == 1:
+                words[:] = _repeated(encode_each(values, dtype), dtype.itemsize)
+            else:
+                places = [index for index, its in enumerate(dtypes) if its is dtype]
+                words[places] = _repeated(encode_each([values[index] for index in places], dtype), dtype.itemsize)
+    except (TypeError, ValueError, OverflowError):
+        for index, (value, dtype) in enumerate(zip(values, dtypes, strict=True)):
+            try:
+                encode(value, dtype)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise type(error)(f"{named(index)}: {error}") from None
+        raise
+    return words
+
+
+def _repeated(elements: bytes, itemsize: int) -> np.ndarray:
+    """Return each element as often as a tile has room for, a row an element."""
+    rows = np.frombuffer(elements, f"V{itemsize}")[:, None]
+    return np.repeat(rows, TILE // itemsize, axis=1).view(np.uint64)
 
 
 def _plain_part(
@@ -152,23 +187,22 @@ def _plain_part(
     if len(chosen) < len(dtypes):
         dtypes = [dtypes[index] for index in chosen.tolist()]
     rows: dict[Any, DType] = {}
-    elements: list[bytes] = []
-    position = 0
-    try:
-        for dtype in dict.fromkeys(dtypes):
-            position = int(positions[dtypes.index(dtype)])
+    for dtype in dict.fromkeys(dtypes):
+        try:
             rows[dtype] = resolve_dtype(dtype)
-            if values is None:
-                elements.append(encode(fill_value, rows[dtype]))
-        if values is not None:
-            for position, dtype in zip(positions.tolist(), dtypes, strict=True):
-                elements.append(encode(values[position], rows[dtype]))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise type(error)(f"xs[{position}]: {error}") from None
-    words = tiles(elements)
-    if values is None and len(rows) > 1:
-        numbers = {dtype: number for number, dtype in enumerate(rows)}
-        words = words[np.fromiter(map(numbers.__getitem__, dtypes), np.int64, len(dtypes))]
+        except TypeError as error:
+            raise TypeError(f"xs[{positions[dtypes.index(dtype)]}]: {error}") from None
+    if values is not None:
+        mine = values if len(chosen) == len(values) else [values[position] for position in positions.tolist()]
+        words = tiles(mine, [rows[dtype] for dtype in dtypes], lambda index: f"xs[{positions[index]}]")
+    else:
+        kinds = list(rows)
+        words = tiles(
+            [fill_value] * len(rows), list(rows.values()), lambda index: f"xs[{positions[dtypes.index(kinds[index])]}]"
+        )
+        if len(rows) > 1:
+            numbers = {dtype: number for number, dtype in enumerate(rows)}
+            words = words[np.fromiter(map(numbers.__getitem__, dtypes), np.int64, len(dtypes))]
     runs = np.zeros(len(chosen), RUN)
     runs["address"], runs["nbytes"], runs["count"] = found.addresses[chosen], found.nbytes[chosen], 1
     runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any, TypeVar
 
 import numpy as np
 
-from .array import Array
+from .array import Array, Slab
 from .backends import select
 from .batch import tiles
 from .dtypes import DType, resolve_dtype
@@ -22,6 +23,8 @@ from .values import check_shape, default_dtype, encode
 __all__ = ["full", "full_many", "ones", "zeros"]
 
 _log = logging.getLogger("gpuconst")
+
+T = TypeVar("T")
 
 
 def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, stream: Any = None) -> Array:
@@ -156,43 +159,56 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
     start = time.perf_counter()
     if not isinstance(specs, Mapping):
         raise TypeError(f"specs is {type(specs).__name__}, expected a mapping of name to (shape, fill_value, dtype)")
-    rows: list[DType] = []
-    shapes: list[tuple[int, ...]] = []
-    elements: list[bytes] = []
-    for name, spec in specs.items():
-        try:
-            shape, fill_value, dtype = spec
-        except (TypeError, ValueError):
-            raise TypeError(f"{name!r} has the spec {spec!r}, expected (shape, fill_value, dtype)") from None
-        try:
-            row = default_dtype(fill_value) if dtype is None else resolve_dtype(dtype)
-            shapes.append(check_shape(shape, row.itemsize))
-            elements.append(encode(fill_value, row))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise type(error)(f"{name!r}: {error}") from None
-        rows.append(row)
-    lengths = [math.prod(shape) * len(element) for shape, element in zip(shapes, elements, strict=True)]
-    stops = np.cumsum([length + -length % ALIGNMENT for length in lengths], dtype=object)
-    total = int(stops[-1]) if lengths else 0
+    names = list(specs)
+    shapes, values, rows = _columns(specs)
+    words = tiles(values, rows, lambda index: repr(names[index]))
+    nbytes = np.fromiter(map(math.prod, shapes), np.uint64, len(names))
+    nbytes *= np.fromiter([row.itemsize for row in rows], np.uint64, len(names))
+    padded = nbytes + -nbytes % np.uint64(ALIGNMENT)
+    total = sum(padded.tolist())
     check_shape(total, 1)
     place = select(device)
     handle = stream_handle(stream, place)
-    slab, address = place.module.allocate((total,), np.dtype(np.uint8), place.ordinal, handle)
+    carrier, address = place.module.allocate((total,), np.dtype(np.uint8), place.ordinal, handle)
 
-    runs = np.zeros(len(lengths), RUN)
-    nbytes = np.array(lengths, np.uint64)
-    offsets = np.array([0, *stops[:-1]], np.uint64)[: len(lengths)]
-    words = tiles(elements)
-    runs["address"], runs["nbytes"], runs["count"] = offsets + np.uint64(address), nbytes, 1
+    addresses = np.cumsum(padded) - padded + np.uint64(address)
+    runs = np.zeros(len(names), RUN)
+    runs["address"], runs["nbytes"], runs["count"] = addresses, nbytes, 1
     runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]
     place.module.prepare(runs[nbytes > 0], [], place.ordinal, handle)(handle)
 
-    starts = offsets.tolist()
-    carriers = place.module.carve(slab, starts, shapes, [row.carrier for row in rows])
-    made = {
-        name: Array(carrier, address + offset, shape, row, place, handle)
-        for name, carrier, offset, shape, row in zip(specs, carriers, starts, shapes, rows, strict=True)
-    }
+    slab = Slab(carrier, address)
+    arrays = map(Array, repeat(slab), addresses.tolist(), shapes, rows, repeat(place), repeat(handle))
+    made = dict(zip(names, arrays, strict=True))
     seconds = time.perf_counter() - start
-    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), sum(lengths), seconds)
+    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), nbytes.sum(), seconds)
     return made
+
+
+def _columns(specs: Mapping[str, Any]) -> tuple[list[tuple[int, ...]], Sequence[Any], list[DType]]:
+    """Return the shapes, values and dtypes of specs, checked, in their order."""
+    triples = []
+    for name, spec in specs.items():
+        try:
+            _, _, _ = triple = tuple(spec)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name!r} has the spec {spec!r}, expected (shape, fill_value, dtype)") from None
+        triples.append(triple)
+    shapes, values, dtypes = zip(*triples, strict=True) if triples else ((), (), ())
+    rows = _each(
+        specs, lambda dtype, value: default_dtype(value) if dtype is None else resolve_dtype(dtype), dtypes, values
+    )
+    return _each(specs, check_shape, shapes, [row.itemsize for row in rows]), values, rows
+
+
+def _each(names: Iterable[str], function: Callable[..., T], *columns: Sequence[Any]) -> list[T]:
+    """Return what a function makes of each row, with the row's name in the message where it raises."""
+    try:
+        return list(map(function, *columns))
+    except (TypeError, ValueError, OverflowError):
+        for name, arguments in zip(names, zip(*columns, strict=True), strict=True):
+            try:
+                function(*arguments)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise type(error)(f"{name!r}: {error}") from None
+        raise

@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
 from .array import Array
 from .backends import Place, select
 from .batch import Batch, each_with_value, gather, writable_view
+from .dtypes import resolve_dtype
+from .kernels import host
 from .kernels.runs import Region
 from .streams import current_streams, stream_handle
 from .torch_rules import (
@@ -18,8 +22,10 @@ from .torch_rules import (
     compiling,
     has_memory,
     is_tensor,
+    mark_stretch_written,
     mark_written,
     restricted,
+    stretch,
     tensor_positions,
 )
 from .values import encode
@@ -73,9 +79,18 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
 
         filled: T = eagerly(fill, x, fill_value, stream=stream)  # type: ignore[arg-type]
         return filled
+    if stream is None and type(x) is np.ndarray and x.flags.writeable:
+        host.assign(x, encode(fill_value, resolve_dtype(x.dtype)))
+        return x
     is_torch = is_tensor(x)
     if is_torch:
         check_eager()
+        found = stretch(x) if stream is None else None
+        if found is not None:
+            address, nbytes, dtype = found
+            host.fill_stretch(address, nbytes, encode(fill_value, resolve_dtype(dtype)))
+            mark_stretch_written(x)
+            return x
         if not has_memory(x):
             return x
     view = writable_view(x)
@@ -99,7 +114,7 @@ def _wait_for_owner(x: Any, owner: int, handle: int, place: Place) -> None:
     caller who orders a stream of theirs.
     """
     if isinstance(x, Array):
-        place.module.hand_over(x._carrier, owner, handle)
+        place.module.hand_over(x._exporter, owner, handle)
     elif not is_tensor(x):
         place.module.order(owner, handle, place.ordinal)
 
@@ -271,7 +286,7 @@ class _Step:
             place.module.order(other, handle, place.ordinal)
         for array in self._ours:
             if array._stream != handle:
-                place.module.hand_over(array._carrier, array._stream, handle)
+                place.module.hand_over(array._exporter, array._stream, handle)
                 array._stream = handle
         self._run(handle)
         for other in others:

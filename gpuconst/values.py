@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import struct
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import ml_dtypes
@@ -17,22 +17,24 @@ import numpy as np
 
 from .dtypes import DTYPES, DType
 
-__all__ = ["check_shape", "default_dtype", "encode"]
+__all__ = ["check_shape", "default_dtype", "encode", "encode_each"]
 
 _MAX_BYTES = 2**63 - 1
 _MAX_NDIM = 64  # NumPy's limit
 
-# One C call packs and range-checks; what it refuses takes the long way to a good message.
-_PACK: dict[tuple[type, DType], Callable[[Any], bytes]] = {
-    **{(float, DTYPES[name]): struct.Struct(code).pack for name, code in [("float32", "=f"), ("float64", "=d")]},
+# How `struct` names a value of a Python type in a dtype. One C call packs and range-checks; what it
+# refuses takes the long way to a good message.
+_CODES: dict[tuple[type, DType], str] = {
+    **{(float, DTYPES[name]): code for name, code in [("float32", "f"), ("float64", "d")]},
     **{
-        (int, DTYPES[name]): struct.Struct(code).pack
+        (int, DTYPES[name]): code
         for name, code in zip(
-            ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"],
-            ["=b", "=h", "=i", "=q", "=B", "=H", "=I", "=Q"],
-            strict=True,
+            ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"], "bhiqBHIQ", strict=True
         )
     },
+}
+_PACK: dict[tuple[type, DType], Callable[[Any], bytes]] = {
+    key: struct.Struct(f"={code}").pack for key, code in _CODES.items()
 }
 
 _DEFAULTS = {bool: DTYPES["bool"], float: DTYPES["float32"], complex: DTYPES["complex64"]}
@@ -184,6 +186,47 @@ def encode(value: Any, dtype: DType) -> bytes:
     if dtype.numpy.kind in "biu":
         return _encode_integer(number, dtype)
     return _encode_inexact(number, dtype)
+
+
+def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
+    """Return what `encode` returns for each of many values, one after the other.
+
+    Values of one type are encoded together: in a tenth of the time, and for the dtypes that Python
+    itself cannot pack in a hundredth.
+
+    Parameters
+    ----------
+    values : sequence of scalar or bytes
+        As for `encode`.
+    dtype : DType
+        The dtype to encode for.
+
+    Returns
+    -------
+    bytes
+        ``len(values) * dtype.itemsize`` of them.
+
+    Raises
+    ------
+    OverflowError, TypeError, ValueError
+        As `encode` for the first value that it refuses.
+    """
+    kinds = set(map(type, values))
+    kind = kinds.pop() if len(kinds) == 1 else None
+    code = _CODES.get((kind, dtype)) if kind is not None else None
+    if code is not None:
+        try:
+            return struct.pack(f"={len(values)}{code}", *values)
+        except (struct.error, OverflowError):
+            pass  # the long way says what is wrong
+    elif kind is float and dtype.numpy.kind not in "biuc" and dtype.name != "float8_e8m0fnu":
+        given = np.array(values)
+        with np.errstate(all="ignore"):
+            rounded = given.astype(dtype.numpy)
+        kept, finite = rounded.astype(np.float64), np.isfinite(given)
+        if np.isfinite(kept[finite]).all() and np.array_equal(kept[~finite], given[~finite], equal_nan=True):
+            return rounded.tobytes()
+    return b"".join([encode(value, dtype) for value in values])
 
 
 def _number(value: Any) -> int | float | complex:

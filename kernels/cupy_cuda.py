@@ -115,28 +115,23 @@ def hand_over(carrier: Any, first: int, then: int) -> None:
     carrier.data.mem._owner.hand_over(first, then)
 
 
-def carve(
-    carrier: Any, offsets: Sequence[int], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]
-) -> list[Any]:
-    """Return arrays within an array of bytes, which each of them keeps alive.
+def carve(carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return an array within an array of bytes, whose memory it keeps alive.
 
     Parameters
     ----------
     carrier : cupy.ndarray
         Of bytes, from `allocate`.
-    offsets : sequence of int
-        Of each array, in bytes.
-    shapes : sequence of tuple of int
-        Of each array.
-    dtypes : sequence of numpy.dtype
-        Of each array.
+    offset : int
+        In bytes.
+    shape : tuple of int
+        Elements along each dimension.
+    dtype : numpy.dtype
+        Of the elements.
     """
     import cupy
 
-    return [
-        cupy.ndarray(shape, dtype, carrier.data + offset)
-        for offset, shape, dtype in zip(offsets, shapes, dtypes, strict=True)
-    ]
+    return cupy.ndarray(shape, dtype, carrier.data + offset)
 
 
 def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:

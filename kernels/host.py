@@ -20,7 +20,7 @@ from .runs import TILE, Region, normalised
 #: From `BY_ROWS` bytes on, rows of `ROW` bytes are copied instead of elements stored: NumPy copies a row
 #: with memcpy, at twice the speed of its fill. Below, the calls that set it up cost more.
 ROW = 16 << 10
-BY_ROWS = 128 << 10
+BY_ROWS = 64 << 10
 #: From this many bytes on, two threads fill: first touch is then bound by the page faults of one core.
 TWO_THREADS = 32 << 20
 #: Runs of one length are scattered together from this many on; setting it up costs as much as so many fills.
@@ -73,24 +73,21 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     return np.ndarray(shape, dtype, buffer, offset), address
 
 
-def carve(
-    carrier: Any, offsets: Sequence[int], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]
-) -> list[Any]:
-    """Return arrays within an array of bytes, which each of them keeps alive.
+def carve(carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return an array within an array of bytes, whose memory it keeps alive.
 
     Parameters
     ----------
     carrier : numpy.ndarray
         Of bytes, from `allocate`.
-    offsets : sequence of int
-        Of each array, in bytes.
-    shapes : sequence of tuple of int
-        Of each array.
-    dtypes : sequence of numpy.dtype
-        Of each array.
+    offset : int
+        In bytes.
+    shape : tuple of int
+        Elements along each dimension.
+    dtype : numpy.dtype
+        Of the elements.
     """
-    array: Any = np.ndarray
-    return list(map(array, shapes, dtypes, itertools.repeat(carrier), offsets))
+    return np.ndarray(shape, dtype, carrier, offset)
 
 
 def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
@@ -123,14 +120,46 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
     """
     for region in regions:
         address, shape, strides, element = normalised(region)
+        if 0 not in shape:  # of an empty one the address may be null
+            dtype = _UNSIGNED[len(element)]
+            _assign(np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides), element)
+
+
+def assign(array: np.ndarray, element: bytes) -> None:
+    """Fill a NumPy array, which needs no address: `fill` by the shortest way.
+
+    Parameters
+    ----------
+    array : numpy.ndarray
+        Writable, of any dtype and strides.
+    element : bytes
+        As long as an element of the array.
+    """
+    _assign(array.view(_UNSIGNED[len(element)]), element)
+
+
+def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
+    """Fill one stretch of host memory: `fill` by the shortest way.
+
+    Parameters
+    ----------
+    address : int
+        Of the first byte; the caller vouches for it.
+    nbytes : int
+        A multiple of the element's length.
+    element : bytes
+        The element.
+    """
+    if nbytes:  # or the address may be null
         itemsize = len(element)
-        if 0 in shape:
-            continue  # its address may be null
-        if shape and shape[-1] * itemsize >= BY_ROWS and strides == (itemsize,):
-            _fill_bytes(_MEMORY, address - _ORIGIN, shape[0] * itemsize, element)
-        else:
-            dtype = _UNSIGNED[itemsize]
-            _view(address, shape, dtype, strides)[...] = _element(element, dtype)
+        _assign(np.ndarray((nbytes // itemsize,), _UNSIGNED[itemsize], _MEMORY, address - _ORIGIN), element)
+
+
+def _assign(array: np.ndarray, element: bytes) -> None:
+    if array.nbytes >= BY_ROWS and array.flags.c_contiguous:
+        _fill_bytes(array, 0, array.nbytes, element)
+    else:
+        array[...] = _element(element, array.dtype)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
@@ -196,10 +225,6 @@ def _as_region(run: tuple[int, ...]) -> Region:
     start = address % TILE
     element = tile[start : start + unit]
     return Region(address, (count, nbytes // unit), (pitch, unit), element)
-
-
-def _view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any], strides: tuple[int, ...]) -> np.ndarray:
-    return np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides)
 
 
 def _fill_bytes(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:

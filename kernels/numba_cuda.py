@@ -131,31 +131,26 @@ def hand_over(carrier: Any, first: int, then: int) -> None:
     carrier.exporting_obj.owner.hand_over(first, then)
 
 
-def carve(
-    carrier: Any, offsets: Sequence[int], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]
-) -> list[Any]:
-    """Return views within a view of bytes, whose memory each of them keeps alive.
+def carve(carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return a view within an array of bytes, whose memory it keeps alive.
 
     Parameters
     ----------
     carrier : cuda.core.utils.StridedMemoryView
         Of bytes, from `allocate`.
-    offsets : sequence of int
-        Of each view, in bytes.
-    shapes : sequence of tuple of int
-        Of each view.
-    dtypes : sequence of numpy.dtype
-        Of each view.
+    offset : int
+        In bytes.
+    shape : tuple of int
+        Elements along each dimension.
+    dtype : numpy.dtype
+        Of the elements.
     """
     from cuda.core import Buffer
     from cuda.core.utils import StridedMemoryView
 
-    views = []
-    for offset, shape, dtype in zip(offsets, shapes, dtypes, strict=True):
-        nbytes = math.prod(shape) * dtype.itemsize
-        part = Buffer.from_handle(carrier.ptr + offset, nbytes or 1, owner=carrier.exporting_obj.owner)
-        views.append(StridedMemoryView.from_buffer(part, shape, dtype=dtype))
-    return views
+    nbytes = math.prod(shape) * dtype.itemsize
+    part = Buffer.from_handle(carrier.ptr + offset, nbytes or 1, owner=carrier.exporting_obj.owner)
+    return StridedMemoryView.from_buffer(part, shape, dtype=dtype)
 
 
 def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:

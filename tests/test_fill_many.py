@@ -8,6 +8,7 @@ import logging
 import mmap
 import re
 import sys
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -234,6 +235,12 @@ def without_storage() -> torch.Tensor:
     return x
 
 
+def nested() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
 BAD: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]] = {
     "value too large": (lambda: torch.zeros(3, dtype=torch.int8), 300, OverflowError, "300 does not fit int8"),
     "value too large for NumPy": (lambda: np.zeros(3, np.int8), 300, OverflowError, "300 does not fit int8"),
@@ -250,6 +257,7 @@ BAD: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]] = {
     "conjugate": (lambda: torch.zeros(3, dtype=torch.complex64).conj(), 1, ValueError, "conjugate view"),
     "negative": (lambda: torch.zeros(3, dtype=torch.complex64).conj().imag, 1, ValueError, "lazy negative"),
     "sparse": (lambda: torch.eye(3).to_sparse(), 1, TypeError, "layout is torch.sparse_coo"),
+    "nested": (nested, 1, TypeError, "the tensor is nested"),
     "bits": (lambda: torch.empty(3, dtype=torch.bits8), 1, TypeError, "unknown dtype torch.bits8"),
     "without storage": (without_storage, 1, ValueError, "storage was resized to 0 bytes"),
     "byte order": (lambda: np.zeros(3, ">f4"), 1, TypeError, "byte order"),

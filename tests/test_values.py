@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import gpuconst
 from gpuconst.dtypes import DTYPES
+from gpuconst.values import encode, encode_each
 
 INTEGERS = [name for name, row in DTYPES.items() if row.numpy.kind in "iu"]
 COMPLEX = ["complex64", "complex128"]
@@ -384,3 +385,36 @@ def test_zeros_of_the_format_without_zero() -> None:
 def test_a_value_is_checked_before_the_device_is_looked_at() -> None:
     with pytest.raises(OverflowError):
         gpuconst.full(1, 300, dtype="int8", device="nowhere")
+
+
+# Many at once
+
+EDGES = st.floats(width=64) | st.sampled_from([0.0, -0.0, 1e-46, 448.0, 464.0, 480.0, 57344.0, 65520.0, 3.4e38])
+
+
+def one_by_one(values: list[Any], dtype: str) -> bytes | tuple[type[Exception], str]:
+    try:
+        return b"".join(encode(value, DTYPES[dtype]) for value in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        return type(error), str(error)
+
+
+def at_once(values: list[Any], dtype: str) -> bytes | tuple[type[Exception], str]:
+    try:
+        return encode_each(values, DTYPES[dtype])
+    except (TypeError, ValueError, OverflowError) as error:
+        return type(error), str(error)
+
+
+@given(
+    st.lists(EDGES, max_size=6) | st.lists(st.integers(-300, 2**64), max_size=6) | st.lists(NUMBERS, max_size=6),
+    st.sampled_from(list(DTYPES)),
+)
+def test_many_at_once_are_encoded_as_one_by_one(values: list[Any], dtype: str) -> None:
+    assert at_once(values, dtype) == one_by_one(values, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_floats_that_fit_are_encoded_at_once_as_one_by_one(dtype: str) -> None:
+    values = [0.1, 1.0, 1.5, 2.0, 3.0, 0.3, math.nan]
+    assert at_once(values, dtype) == one_by_one(values, dtype)
