@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import platform
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from .backends import BACKENDS, load
+from .backends import BACKENDS, load, select
 from .errors import DeviceUnavailableError
+from .kernels import cuda_driver
 
 __all__ = ["BackendInfo", "Info", "info"]
+
+#: Seconds that a GPU has to answer; where libraries are read from a network, importing them takes some.
+PATIENCE = 60
 
 _FRAMEWORKS = ["keras", "torch", "jax", "tensorflow", "tensorflow-cpu", "numpy", "ml_dtypes"]
 _PACKAGES = {
@@ -96,7 +101,8 @@ class Info:
 def info() -> Info:
     """Describe devices, backends and versions, with the reason for each that is not usable.
 
-    The GPU is asked in a process of its own, so that this one stays free to fork.
+    The GPU is asked in a process of its own, so that this one stays free to fork. Only where this one was forked
+    after CUDA was used, it is asked here, where the answer differs.
 
     Returns
     -------
@@ -130,51 +136,59 @@ def _version(distributions: list[str]) -> str | None:
 
 
 def _probe() -> dict[str, Any]:
-    """Run `print_probe` in a new interpreter."""
+    """Run `print_probe` in a new interpreter, and wait for it within reason."""
     import json
     import subprocess
 
+    if cuda_driver.forked():  # a new process could use CUDA, this one cannot
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # what it says is in the answer
+            return _look()
     code = "from gpuconst import environment; environment.print_probe()"
     # The child searches where this process does, whatever has been done to its sys.path.
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return _failed(f"no answer within {PATIENCE} s; the driver hangs")
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        reason = f"the probe of the GPU failed: {last}"
-        return {
-            "default": reason,
-            "driver": None,
-            "devices": [],
-            "why_not": {name: reason if device != "cpu" else None for name, device in BACKENDS.items()},
-        }
+        return _failed((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _failed(why: str) -> dict[str, Any]:
+    reason = f"the probe of the GPU failed: {why}"
+    return {
+        "default": f"none: {reason}",
+        "driver": None,
+        "devices": [],
+        "why_not": {name: reason if device != "cpu" else None for name, device in BACKENDS.items()},
+    }
 
 
 def print_probe() -> None:
     """Print as one line of JSON what can be used; run in a process of its own."""
     import json
 
-    from .backends import select
-    from .kernels import cuda_driver
+    print(json.dumps(_look()))
 
+
+def _look() -> dict[str, Any]:
+    """Ask the driver and the backends in this process."""
     found = cuda_driver.driver()
     try:
         place = select(None)
         default = f"{place.device} ({place.backend})"
     except (DeviceUnavailableError, ValueError) as error:
         default = f"none: {error}"
-    print(
-        json.dumps(
-            {
-                "default": default,
-                "driver": cuda_driver.dotted(found.version) if found.version else None,
-                "devices": [
-                    f"{device.name}, compute capability {'.'.join(map(str, device.capability))}, "
-                    f"{device.nbytes / 2**30:.0f} GiB"
-                    for device in found.devices
-                ],
-                "why_not": {name: load(name).why_not(0) for name in BACKENDS},
-            }
-        )
-    )
+    return {
+        "default": default,
+        "driver": cuda_driver.dotted(found.version) if found.version else None,
+        "devices": [
+            f"{device.name}, compute capability {'.'.join(map(str, device.capability))}, "
+            f"{device.nbytes / 2**30:.0f} GiB"
+            for device in found.devices
+        ],
+        "why_not": {name: load(name).why_not(0) for name in BACKENDS},
+    }

@@ -113,8 +113,18 @@ def driver() -> Driver:
     return Driver(version.value, tuple(_device(cuda, index) for index in range(count.value)), None)
 
 
+_forked = False
+
+
+def forked() -> bool:
+    """Whether this process was forked from one that had asked the driver."""
+    return _forked
+
+
 def _forget() -> None:
     # A forked child cannot use what its parent initialised: let it ask, and be told so.
+    global _forked
+    _forked = _forked or driver.cache_info().currsize > 0
     driver.cache_clear()
     primary_context.cache_clear()
     _copied_from.clear()

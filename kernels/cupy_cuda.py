@@ -37,7 +37,7 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 def why_not(index: int) -> str | None:
     """Return why device `index` cannot be used through CuPy, or None if it can."""
-    return _missing_package() or cuda_driver.why_not(index) or _missing_compiler()
+    return _missing_package() or cuda_driver.why_not(index) or _missing_compiler() or _too_old(index)
 
 
 @functools.cache
@@ -50,16 +50,35 @@ def _missing_compiler() -> str | None:
     try:
         import cupy
         from cupy._core import core
-
+    except Exception as error:
+        return f"CuPy cannot be imported ({_first_line(error)}); {_INSTALL}"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:
+        return f"CuPy's compiler NVRTC cannot be loaded ({_first_line(error)}); {_INSTALL}"
+    try:
+        core.assemble_cupy_compiler_options(())
+    except Exception as error:
+        return f"CuPy's compiler NVRTC has no CUDA headers ({_first_line(error)}); {_INSTALL}"
+    try:
         cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
         return f"CuPy cannot use CUDA ({_first_line(error)}); {_INSTALL}"
-    try:
-        cupy.cuda.nvrtc.getVersion()
-        core.assemble_cupy_compiler_options(())
-    except Exception as error:
-        return f"CuPy's compiler NVRTC cannot be loaded, or its headers ({_first_line(error)}); {_INSTALL}"
     return None
+
+
+def _too_old(index: int) -> str | None:
+    from cupy.cuda import nvrtc
+
+    major, minor = cuda_driver.driver().devices[index].capability
+    oldest = min(nvrtc.getSupportedArchs())
+    if 10 * major + minor >= oldest:
+        return None
+    version = ".".join(map(str, nvrtc.getVersion()))
+    return (
+        f"CuPy's compiler NVRTC {version} has dropped compute capability {major}.{minor}, "
+        f"and begins at {oldest // 10}.{oldest % 10}; pip install 'gpuconst[cuda12]' may have it still"
+    )
 
 
 def _first_line(error: Exception) -> str:

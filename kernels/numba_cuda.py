@@ -39,12 +39,16 @@ __all__ = [
 #: arrays cheap, too little to be missed on a shared card.
 RELEASE_THRESHOLD = 256 << 20
 
+#: Packages that a cubin depends on.
+_COMPILED_WITH = ("numba", "numba-cuda", "llvmlite", "cuda-core", "numpy")
+
 _INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
 
 
 def why_not(index: int) -> str | None:
     """Return why device `index` cannot be used through Numba, or None if it can."""
-    return _missing_package() or cuda_driver.why_not(index) or _missing_compiler()
+    absent = _missing_package() or cuda_driver.why_not(index) or _missing_compiler()
+    return absent or _cannot_compile(_architecture(index))
 
 
 @functools.cache
@@ -63,7 +67,7 @@ def _missing_package() -> str | None:
 def _missing_compiler() -> str | None:
     from cuda.pathfinder import load_nvidia_dynamic_lib
 
-    for library in ("nvvm", "nvJitLink"):
+    for library in ("nvvm", "nvJitLink", "cudart"):  # of the last, NVVM's user asks the version
         try:
             load_nvidia_dynamic_lib(library)
         except Exception as error:
@@ -73,6 +77,20 @@ def _missing_compiler() -> str | None:
             "numba.cuda is Numba's built-in target, not numba-cuda: it was imported before numba-cuda could take "
             "its place; import _numba_cuda_redirector first"
         )
+    return None
+
+
+@functools.cache
+def _cannot_compile(arch: str) -> str | None:
+    # Only trying tells: releases that do not work together install side by side (numba-cuda 0.30 and NumPy 2.5).
+    # What is compiled here is what the first fill needs, and is on disk from the first time on.
+    try:
+        _cubin("fill_run", arch)
+    except Exception as error:
+        from importlib.metadata import version
+
+        used = ", ".join(f"{package} {version(package)}" for package in _COMPILED_WITH)
+        return f"Numba cannot compile for {arch} ({_first_line(error)}) with {used}; try other releases, or CuPy"
     return None
 
 
@@ -238,12 +256,19 @@ def _pool(index: int) -> Any:
 def _kernel(name: str, index: int) -> Any:
     from cuda.core import ObjectCode
 
+    return ObjectCode.from_cubin(_cubin(name, _architecture(index)), name=name).get_kernel(name)
+
+
+def _architecture(index: int) -> str:
+    major, minor = cuda_driver.driver().devices[index].capability
+    return f"sm_{major}{minor}"
+
+
+@functools.cache
+def _cubin(name: str, arch: str) -> bytes:
     from . import cubin_cache
 
-    major, minor = cuda_driver.driver().devices[index].capability
-    arch = f"sm_{major}{minor}"
-    cubin = cubin_cache.load_or_make(_key(name, arch), lambda: _link(_compile(name, arch), arch))
-    return ObjectCode.from_cubin(cubin, name=name).get_kernel(name)
+    return cubin_cache.load_or_make(_key(name, arch), lambda: _link(_compile(name, arch), arch))
 
 
 def _key(name: str, arch: str) -> str:
@@ -254,7 +279,7 @@ def _key(name: str, arch: str) -> str:
 
     from cuda.bindings import nvjitlink
 
-    versions = [importlib.metadata.version(package) for package in ("numba", "numba-cuda", "llvmlite", "cuda-core")]
+    versions = [importlib.metadata.version(package) for package in _COMPILED_WITH]
     sources = [Path(__file__).with_name(f"{module}.py").read_text() for module in ("numba_kernels", "runs")]
     parts = [name, arch, *versions, str(nvjitlink.version()), *sources]
     return f"{name}-{arch}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -112,23 +114,32 @@ def test_a_backend_that_was_named_is_not_passed_over() -> None:
         gpuconst.full(3, 1.0)
 
 
-def check_unusable(reason: str) -> None:
-    """Check that a named device is refused for a reason and the default one is the CPU."""
+def check_unusable(reason: str, backend: str | None = None) -> None:
+    """Check that a named device is refused for a reason, of one backend or all, and the default one is the CPU."""
     for device in ("cuda", "cuda:1"):
-        with pytest.raises(gpuconst.DeviceUnavailableError, match=reason):
+        with pytest.raises(gpuconst.DeviceUnavailableError, match=re.escape(reason)):
             gpuconst.full(3, 1.0, device=device)
     os.environ.pop("GPUCONST_BACKEND", None)
     array = gpuconst.full(3, 1.0)
     assert (array.device, array.backend) == ("cpu", "numpy")
-    cupy, numba, numpy = gpuconst.info().backends
-    assert reason in str(numba.why_not)
-    assert reason in str(cupy.why_not)
+    *others, numpy = gpuconst.info().backends
+    assert all(reason in str(row.why_not) for row in others if backend in (None, row.name))
     assert numpy.why_not is None
 
 
 @on_standin(STANDIN_DEVICES=0)
 def test_no_device() -> None:
     check_unusable("the driver finds no device")
+
+
+@on_standin(STANDIN_DEVICES=0)
+def test_a_card_in_mig_mode_without_an_instance_is_no_device() -> None:
+    check_unusable("or the card is in MIG mode and has no instance")
+
+
+@on_standin(CUDA_VISIBLE_DEVICES="MIG-c7384736-a75d-5afc-978f-d2f1294409fd")
+def test_a_mig_instance_that_is_gone() -> None:
+    check_unusable("CUDA_VISIBLE_DEVICES='MIG-c7384736")
 
 
 @on_standin(CUDA_VISIBLE_DEVICES="")
@@ -159,6 +170,23 @@ def test_a_driver_that_cannot_start() -> None:
 @on_standin(STANDIN_INIT=46)
 def test_a_driver_with_an_error_of_its_own() -> None:
     check_unusable("CUDA error 46")
+
+
+@pytest.mark.parametrize(("raised", "reason"), [(signal.SIGSEGV, "exit status -11"), (signal.SIGSTOP, "no answer")])
+def test_a_driver_that_crashes_or_hangs(raised: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(STANDIN_SIGNAL=int(raised)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(gpuconst.environment, "PATIENCE", 3)
+    found = gpuconst.info()
+    assert f"the probe of the GPU failed: {reason}" in found.default
+    *others, numpy = found.backends
+    assert all(reason in str(row.why_not) for row in others)
+    assert numpy.why_not is None
+
+
+@on_standin(STANDIN_CAPABILITY=70)
+def test_a_card_that_the_compiler_has_dropped() -> None:
+    check_unusable("Numba cannot compile for sm_70 (GPU compute capability 7.0 is not supported", backend="numba")
 
 
 def test_no_driver(tmp_path: Path, run_python: Callable[..., str]) -> None:
@@ -194,6 +222,9 @@ def test_forked_after_cuda_was_initialised() -> None:
                 gpuconst.full(3, 1.0, device="cuda")
             os.environ.pop("GPUCONST_BACKEND", None)
             assert gpuconst.full(3, 1.0).device == "cpu"
+            found = gpuconst.info()
+            assert found.default == "cpu (numpy)"
+            assert all("forked after CUDA was initialised" in str(row.why_not) for row in found.backends[:2])
             os.write(writer, b"as it should")
         finally:
             os._exit(0)

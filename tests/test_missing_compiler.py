@@ -1,37 +1,91 @@
-"""A machine that has Numba but not the CUDA libraries it compiles with, for real: an import path without them."""
+"""A GPU, but not all of the CUDA libraries that the backends compile with: each missing one is a reason of its own.
 
+The GPU is the stand-in's. The libraries are missing for real: the environment has the headers of NVIDIA's packages
+and nothing else, and the dynamic loader looks first in a folder with links to the libraries that are there, and
+with an empty file for one that is not, so that it is not found either where the system has it.
+"""
+
+from __future__ import annotations
+
+import json
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
+from cuda_standin import environment
 
-numba = pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+pathfinder = pytest.importorskip("cuda.pathfinder", reason="numba-cuda is not installed")
+numba_cuda = pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+pytest.importorskip("cupy", reason="CuPy is not installed")
 
-ROOT = Path(__file__).parents[1]
-CODE = "from gpuconst.kernels import numba_cuda; print(numba_cuda._missing_package(), numba_cuda._missing_compiler())"
+#: What the loader is asked for, by library.
+FILES = {
+    "nvrtc": ("libnvrtc.so.13", "libnvrtc.so.12"),
+    "nvvm": ("libnvvm.so.4", "libnvvm.so"),
+    "nvJitLink": ("libnvJitLink.so.13", "libnvJitLink.so.12"),
+    "cudart": ("libcudart.so.13", "libcudart.so.12"),
+}
+INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the import path is made of symbolic links")
-def test_the_missing_library_is_named_with_what_to_install(tmp_path: Path) -> None:
-    for entry in Path(numba.__file__).parents[1].iterdir():
-        if entry.name not in ("nvidia", "gpuconst"):
-            (tmp_path / entry.name).symlink_to(entry)
-    package = tmp_path / "gpuconst"
-    package.mkdir()
-    for entry in (ROOT / "gpuconst").iterdir():
-        (package / entry.name).symlink_to(entry)
-    (package / "kernels").symlink_to(ROOT / "kernels")
-    environment = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
-    # -S: no site-packages but the one made here.
-    command = [sys.executable, "-S", "-P", "-c", CODE]
-    run = subprocess.run(
-        command, cwd=tmp_path, env={**environment, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    if run.stdout == "None None\n":
-        pytest.skip("this system has NVVM and nvJitLink outside of the environment")
-    assert run.stdout.startswith("None Numba's compiler library nv")
-    assert "cannot be loaded" in run.stdout
-    assert "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'" in run.stdout
+def why_not_without(missing: str, folder: Path) -> dict[str, str | None]:
+    """Return why each backend is not usable, by `gpuconst info`, where there is a GPU but not one of the libraries."""
+    venv.create(folder, symlinks=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    installed = Path(numba_cuda.__file__).parents[1]
+    for entry in installed.iterdir():
+        if entry.name != "nvidia":
+            (site / entry.name).symlink_to(entry)
+    for headers in installed.glob("nvidia/*/include"):
+        here = site / headers.relative_to(installed)
+        here.parent.mkdir(parents=True)
+        here.symlink_to(headers)
+    libraries = folder / "libraries"
+    libraries.mkdir()
+    for library, files in FILES.items():
+        # NVVM is not on a system's library path: it is found by where the CUDA runtime is.
+        if library == missing or (library == "cudart" and missing == "nvvm"):
+            for file in files:
+                (libraries / file).touch()
+        else:
+            found = Path(pathfinder.load_nvidia_dynamic_lib(library).abs_path)
+            (libraries / found.name).symlink_to(found)
+    variables = {**os.environ, **environment(GPUCONST_BACKEND="")}
+    for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
+        variables.pop(name, None)
+    variables["LD_LIBRARY_PATH"] = f"{libraries}{os.pathsep}{variables['LD_LIBRARY_PATH']}"
+    command = [folder / "bin" / "python", "-P", "-m", "gpuconst", "info", "--json"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found_info = json.loads(done.stdout)
+    assert len(found_info["devices"]) == 2
+    return {row["name"]: row["why_not"] for row in found_info["backends"]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in driver needs Linux")
+@pytest.mark.parametrize(
+    ("missing", "backend", "reason"),
+    [
+        ("nothing", None, ""),
+        ("nvrtc", "cupy", "CuPy's compiler NVRTC cannot be loaded"),
+        ("nvvm", "numba", "Numba's compiler library nvvm cannot be loaded"),
+        ("nvJitLink", "numba", "Numba's compiler library nvJitLink cannot be loaded"),
+        ("cudart", "numba", "Numba's compiler library cudart cannot be loaded"),
+    ],
+)
+def test_the_missing_library_is_named_with_what_to_install(
+    missing: str, backend: str | None, reason: str, tmp_path: Path
+) -> None:
+    found = why_not_without(missing, tmp_path)
+    if backend is not None:
+        told = str(found[backend])
+        assert told.startswith(reason)
+        assert told.endswith(INSTALL)
+    if backend != "numba":
+        assert found["numba"] is None
+    if backend != "cupy":
+        assert "CuPy cannot use CUDA" in str(found["cupy"])  # what it says on the stand-in, its compiler being there
+    assert found["numpy"] is None

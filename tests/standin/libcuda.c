@@ -5,14 +5,17 @@
  *
  * STANDIN_LOG      where the calls are written, one a line
  * STANDIN_INIT     what cuInit returns (0)
+ * STANDIN_SIGNAL   what cuInit raises before that (none)
  * STANDIN_VERSION  of the driver (13000)
  * STANDIN_DEVICES  how many there are (2)
  * STANDIN_MEMORY   bytes of each (1 GiB)
+ * STANDIN_CAPABILITY  of each, times ten (90)
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -132,8 +135,10 @@ int standin_alive(char kind, uint64_t *addresses, uint64_t *sizes, int room) {
 int cuInit(unsigned flags) {
   LOG("flags=%u", flags);
   const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+  raise(setting("STANDIN_SIGNAL", 0));
   if (initialised && initialised != getpid()) return NOT_INITIALIZED;
-  if ((visible && !*visible) || !setting("STANDIN_DEVICES", 2)) return NO_DEVICE;
+  if (!setting("STANDIN_DEVICES", 2)) return NO_DEVICE;
+  if (visible && (!*visible || !strncmp(visible, "MIG-", 4))) return NO_DEVICE; /* there is no such instance */
   int status = setting("STANDIN_INIT", SUCCESS);
   if (!status) initialised = getpid();
   return status;
@@ -207,8 +212,8 @@ int cuDeviceTotalMem_v2(size_t *nbytes, int on) {
 int cuDeviceGetAttribute(int *value, int attribute, int on) {
   (void)on;
   switch (attribute) {
-    case 75: *value = 9; break;   /* COMPUTE_CAPABILITY_MAJOR */
-    case 76: *value = 0; break;   /* COMPUTE_CAPABILITY_MINOR */
+    case 75: *value = setting("STANDIN_CAPABILITY", 90) / 10; break; /* COMPUTE_CAPABILITY_MAJOR */
+    case 76: *value = setting("STANDIN_CAPABILITY", 90) % 10; break; /* COMPUTE_CAPABILITY_MINOR */
     case 10: *value = 32; break;  /* WARP_SIZE */
     case 1: case 2: case 3: *value = 1024; break;
     default: *value = attribute == 115; /* MEMORY_POOLS_SUPPORTED */
