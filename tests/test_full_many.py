@@ -4,8 +4,10 @@ import gc
 import itertools
 import logging
 import re
+import threading
 import weakref
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -124,6 +126,19 @@ def test_writing_one_changes_no_other() -> None:
     gpuconst.fill(made["b"], 2.0)
     assert [x.to_numpy().tolist() for x in made.values()] == [[5] * 3, [2] * 3, [0] * 3]
     assert not gpuconst.shares_memory(made["a"], made["b"])
+
+
+def test_threads_hand_over_the_same_array_at_once() -> None:
+    made = full_many({f"{k}": ((2, 3), float(k), None) for k in range(300)})
+    start = threading.Barrier(4)
+
+    def hand_over() -> list[tuple[int, float]]:
+        start.wait()
+        return [(x.data_ptr(), x.sum().item()) for x in (array.to_torch() for array in made.values())]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [task.result() for task in [pool.submit(hand_over) for _ in range(4)]]
+    assert found == [[(x.data_ptr(), 6.0 * k) for k, x in enumerate(made.values())]] * 4
 
 
 @pytest.mark.parametrize("nbytes", [1000, 3 << 20])
