@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .array import Array
 from .dtypes import DType, resolve_dtype
 from .kernels.runs import RUN, TILE, Region, as_run, normalised
 from .torch_rules import Columns, check_writable, columns, has_memory, is_tensor, tensor_positions
 from .values import encode, encode_each
-from .views import View, view_of
+from .views import View, array_columns, numpy_columns, view_of
 
 __all__ = ["Batch", "each_with_value", "gather", "tiles", "writable_view"]
 
@@ -105,20 +106,35 @@ def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None
     """
     parts: list[_Part] = []
     rest = np.ones(len(arrays), np.bool_)
-    tensors = tensor_positions(arrays)
-    if tensors:
-        found = columns([arrays[index] for index in tensors] if len(tensors) < len(arrays) else arrays)
+    for chosen, read in _in_columns(arrays):
+        found = read([arrays[index] for index in chosen] if len(chosen) < len(arrays) else arrays)
         plain = np.flatnonzero(found.plain)
-        positions = np.fromiter(tensors, np.int64, len(tensors))[plain]
+        positions = np.fromiter(chosen, np.int64, len(chosen))[plain]
         for device in np.unique(found.devices[plain]).tolist():
-            chosen = found.devices[plain] == device
-            parts.append(_plain_part(found, plain[chosen], positions[chosen], fill_values, values))
+            these = found.devices[plain] == device
+            parts.append(_plain_part(found, plain[these], positions[these], fill_values, values))
         rest[positions] = False
     parts += _other_parts(arrays, np.flatnonzero(rest).tolist(), fill_values, values)
     by_device: dict[str, list[_Part]] = {}
     for part in parts:
         by_device.setdefault(part.device, []).append(part)
     return [batch for device, these in by_device.items() for batch in _batches(device, these)]
+
+
+def _in_columns(arrays: Sequence[Any]) -> Iterator[tuple[Sequence[int], Callable[[Sequence[Any]], Columns]]]:
+    """Yield what can be read at once: the indices of arrays, and how to read them."""
+    tensors = tensor_positions(arrays)
+    if tensors:
+        yield tensors, columns
+    if len(tensors) < len(arrays):
+        kinds = list(map(type, arrays))
+        for kind, read in _READERS:
+            chosen = [index for index, its in enumerate(kinds) if its is kind]
+            if chosen:
+                yield chosen, read
+
+
+_READERS: list[tuple[type, Callable[[Sequence[Any]], Columns]]] = [(np.ndarray, numpy_columns), (Array, array_columns)]
 
 
 class _Part(NamedTuple):

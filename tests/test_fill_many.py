@@ -261,6 +261,7 @@ BAD: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]] = {
     "bits": (lambda: torch.empty(3, dtype=torch.bits8), 1, TypeError, "unknown dtype torch.bits8"),
     "without storage": (without_storage, 1, ValueError, "storage was resized to 0 bytes"),
     "byte order": (lambda: np.zeros(3, ">f4"), 1, TypeError, "byte order"),
+    "no bytes": (lambda: np.empty(3, "V0"), 1, TypeError, "unknown dtype"),
     "NumPy scalar": (lambda: np.float32(1), 1, TypeError, "is a NumPy scalar"),
     "None": (lambda: None, 1, TypeError, "NoneType is no array"),
 }
