@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
 
+import cupy_runtime
 import kernel_checks
 import numpy as np
 import ptx
@@ -30,7 +31,7 @@ import pytest
 
 Parameters = ParamSpec("Parameters")
 
-_SOURCE = Path(__file__).parent / "standin" / "libcuda.c"
+_SOURCES = Path(__file__).parent / "standin"
 _LAUNCH_FAILED = 719
 _ROOM = 1 << 16
 _ORIGIN = 4096  # NumPy takes a buffer at address 0 for none
@@ -43,8 +44,8 @@ def on_standin(**settings: int | str) -> Callable[[Callable[Parameters, None]], 
     Parameters
     ----------
     **settings : int or str
-        Environment variables for the process, `libcuda.c` names its own. Tests with the same settings share
-        a process.
+        Environment variables for the process, `libcuda.c` names its own; with ``STANDIN_RUNTIME`` CuPy gets
+        the stand-in's runtime too. Tests with the same settings share a process.
     """
 
     def decorate(body: Callable[Parameters, None]) -> Callable[Parameters, None]:
@@ -65,6 +66,7 @@ def environment(**settings: int | str) -> dict[str, str]:
         "LD_LIBRARY_PATH": f"{_library()}{os.pathsep}{os.environ.get('LD_LIBRARY_PATH', '')}",
         "STANDIN_LOG": str(Path(tempfile.mkdtemp(dir=_library())) / "log"),
         "XDG_CACHE_HOME": str(_library()),
+        "CUPY_CACHE_DIR": str(_library() / "cupy"),
         "GPUCONST_BACKEND": "numba",
         **{name: str(value) for name, value in settings.items()},
     }
@@ -78,8 +80,11 @@ def _library() -> Path:
         pytest.skip("the stand-in driver needs Linux and a C compiler")
     folder = Path(tempfile.mkdtemp(prefix="gpuconst-standin-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-Wl,-soname,libcuda.so.1"]
-    subprocess.run([compiler, *flags, "-o", folder / "libcuda.so.1", _SOURCE, "-ldl", "-lpthread"], check=True)
+    flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
+    driver, runtime = folder / "libcuda.so.1", folder / "cudart.so"
+    driver_flags = ["-Wl,-soname,libcuda.so.1", "-ldl", "-lpthread"]
+    subprocess.run([compiler, *flags, "-o", driver, _SOURCES / "libcuda.c", *driver_flags], check=True)
+    subprocess.run([compiler, *flags, "-o", runtime, _SOURCES / "cudart.c", driver], check=True)
     return folder
 
 
@@ -132,6 +137,8 @@ def _call(module: str, name: str, arguments: tuple[Any, ...], keywords: dict[str
 
 def _run_kernels() -> None:
     driver().standin_run_with(_callback)
+    if "STANDIN_RUNTIME" in os.environ:
+        cupy_runtime.install(Path(os.environ["XDG_CACHE_HOME"]) / "cudart.so")
 
 
 def _run(name: bytes, grid: int, block: int, parameters: Any) -> int:
@@ -154,9 +161,10 @@ _callback = _RUN(_run)
 
 @functools.cache
 def _kernels() -> dict[str, ptx.Kernel]:
-    stored = Path(os.environ["XDG_CACHE_HOME"]) / "ptx.json"  # the next process need not compile
+    backend = "cupy" if "STANDIN_RUNTIME" in os.environ else "numba"
+    stored = Path(os.environ["XDG_CACHE_HOME"]) / f"{backend}.json"  # the next process need not compile
     if not stored.exists():
-        stored.write_text(json.dumps(kernel_checks.modules("numba", "sm_90")))
+        stored.write_text(json.dumps(kernel_checks.modules(backend, "sm_90")))
     return {name: ptx.Kernel(text) for name, text in json.loads(stored.read_text()).items()}
 
 

@@ -1,7 +1,7 @@
 """The CUDA path without a GPU, on stand-in devices: selection, memory, launches, streams and errors.
 
-The Numba backend runs on them whole; CuPy, whose runtime asks a driver for more, is refused there, and
-so shows how a backend is passed over.
+The Numba backend runs on them whole; CuPy, whose runtime asks a driver for more, is refused here, and
+so shows how a backend is passed over. In `test_cupy_host_path` it gets another runtime.
 """
 
 from __future__ import annotations

@@ -166,6 +166,12 @@ int cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t
   return *function ? SUCCESS : NOT_FOUND;
 }
 
+int cuGetExportTable(const void **table, const void *id) { /* NVRTC asks for what no document names */
+  (void)id;
+  *table = NULL;
+  return NOT_FOUND;
+}
+
 int cuGetErrorName(int status, const char **name) {
   *name = status == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_STANDIN";
   return SUCCESS;
@@ -307,25 +313,41 @@ int cuDeviceGetDefaultMemPool(void **pool, int on) {
   return SUCCESS;
 }
 
+static int allocate(char **address, size_t nbytes, int on) {
+  size_t size = (nbytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+  pthread_mutex_lock(&lock);
+  int fits = used[on] + size <= (size_t)setting("STANDIN_MEMORY", 1 << 30);
+  if (fits) used[on] += size;
+  pthread_mutex_unlock(&lock);
+  TRY(fits, OUT_OF_MEMORY);
+  *address = aligned_alloc(ALIGNMENT, size);
+  memset(*address, 0x55, size);
+  return add(*address, size, 'm', on);
+}
+
 int cuMemAllocFromPoolAsync(char **address, size_t nbytes, void *pool, void *stream) {
   LOG("nbytes=%zu stream=%p", nbytes, stream);
   CONTEXT;
   Object owner = find(pool, 'p');
   TRY(owner.address && is_stream(stream), INVALID_HANDLE);
   TRY(nbytes, INVALID_VALUE);
-  size_t size = (nbytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-  pthread_mutex_lock(&lock);
-  int fits = used[owner.device] + size <= (size_t)setting("STANDIN_MEMORY", 1 << 30);
-  if (fits) used[owner.device] += size;
-  pthread_mutex_unlock(&lock);
-  TRY(fits, OUT_OF_MEMORY);
-  *address = aligned_alloc(ALIGNMENT, size);
-  memset(*address, 0x55, size);
-  return add(*address, size, 'm', owner.device);
+  return allocate(address, nbytes, owner.device);
 }
 
 int cuMemFreeAsync(char *address, void *stream) {
   LOG("stream=%p", stream);
+  return discard(address, 'm');
+}
+
+int cuMemAlloc_v2(char **address, size_t nbytes) { /* CuPy's */
+  LOG("nbytes=%zu", nbytes);
+  CONTEXT;
+  TRY(nbytes, INVALID_VALUE);
+  return allocate(address, nbytes, device());
+}
+
+int cuMemFree_v2(char *address) {
+  LOG("address=%p", address);
   return discard(address, 'm');
 }
 
@@ -442,6 +464,17 @@ int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
   TRY(find(library, 'l').address, INVALID_HANDLE);
   *kernel = strdup(name);
   return add(*kernel, 1, 'k', 0);
+}
+
+int cuModuleLoadData(void **module, const void *code) {
+  CONTEXT;
+  return cuLibraryLoadData(module, code, NULL, NULL, 0, NULL, NULL, 0);
+}
+
+int cuModuleUnload(void *module) { return cuLibraryUnload(module); }
+
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+  return cuLibraryGetKernel(function, module, name);
 }
 
 typedef struct {

@@ -1,0 +1,210 @@
+"""The CuPy backend on stand-in devices: CuPy's own arrays, pool, streams, compiler and launches, on the stand-in's
+runtime and driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import test_cuda_host_path
+from cuda_standin import alive, calls, driver, on_standin
+from test_cuda_host_path import MIB, Foreign, launches, new_stream
+
+import gpuconst
+from gpuconst.dtypes import DTYPES
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+
+on_cupy = on_standin(GPUCONST_BACKEND="cupy", STANDIN_RUNTIME=1)
+
+#: Tests of the Numba backend that hold of CuPy's as they are.
+SHARED = [
+    "test_cuda_is_the_current_device",
+    "test_a_device_out_of_range_names_those_there_are",
+    "test_nothing_is_launched_for_size_0",
+    "test_fill_of_foreign_memory",
+    "test_fill_many_is_one_launch_per_device",
+    "test_a_plan_uploads_its_table_once",
+    "test_a_stream_is_taken_from_anything_that_has_one",
+    "test_a_consumer_waits_for_the_producer",
+    "test_an_array_keeps_its_stream",
+    "test_filling_on_another_stream_waits_for_the_first",
+    "test_to_numpy_copies_in_stream_order_and_waits",
+    "test_a_stream_of_another_device_is_refused",
+    "test_only_what_is_prepared_can_be_captured",
+    "test_threads",
+    "test_memory_that_is_not_a_devices_is_refused",
+]
+
+
+@pytest.mark.parametrize("name", SHARED)
+@on_cupy
+def test_as_with_numba(name: str) -> None:
+    getattr(test_cuda_host_path, name).__wrapped__()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@on_cupy
+def test_full(dtype: str) -> None:
+    for shape in [(), (0,), (1,), (5, 7), (4099,), (3, 5, 1031)]:
+        array = gpuconst.full(shape, 1, dtype=dtype, device="cuda:1")
+        assert (array.backend, array.device, array.data_ptr() % 256) == ("cupy", "cuda:1", 0)
+        expected = gpuconst.full(shape, 1, dtype=dtype, device="cpu").to_numpy()
+        assert array.to_numpy().dtype == expected.dtype
+        assert array.to_numpy().tobytes() == expected.tobytes()
+
+
+@on_cupy
+def test_words_of_any_bits_reach_the_kernels() -> None:
+    array = gpuconst.full(9000, -1, dtype="int64", device="cuda")
+    expected = np.full(9000, -1)
+    gpuconst.fill(Foreign(array, shape=(9000,)), -(2**63))
+    expected[:] = -(2**63)
+    gpuconst.fill(Foreign(array, shape=(3000,), strides=(24,)), -2)
+    expected[::3] = -2
+    gpuconst.fill_many([Foreign(array, 8, shape=(600,)), Foreign(array, 40000, shape=(700,))], [-3, -4])
+    expected[1:601], expected[5000:5700] = -3, -4
+    np.testing.assert_array_equal(array.to_numpy(), expected)
+    kernels = [launch.split()[0] for launch in launches()]
+    assert kernels == ["fill_run", "fill_run", "fill_strided32", "fill_runs"]
+
+
+@on_cupy
+def test_memory_is_of_cupys_pool() -> None:
+    stream = new_stream()
+    array = gpuconst.full(MIB, 1.0, device="cuda", stream=stream)
+    assert calls("cuMemAlloc_v2") == [f"cuMemAlloc_v2 nbytes={4 * MIB}"]
+    assert calls("launch")[0].split()[1:] == ["fill_run", "grid=256", "block=256", f"stream={stream:#x}", "device=0"]
+    pointer = array.data_ptr()
+    del array
+    assert gpuconst.full(MIB, 2.0, device="cuda", stream=stream).data_ptr() == pointer
+    assert gpuconst.full(MIB, 2.0, device="cuda").data_ptr() != pointer  # another stream's is another's memory
+    assert len(calls("cuMemAlloc_v2")) == 2
+    assert not calls("cuMemFree_v2")
+
+
+@pytest.mark.parametrize("use", ["export", "fill", "fill_many", "plan"])
+@on_cupy
+def test_memory_is_given_back_after_the_streams_that_use_it(use: str) -> None:
+    producer, consumer = new_stream(), new_stream()
+    arrays: list[Any] = [gpuconst.full(10, 1.0, device="cuda", stream=producer)]
+    pointer = arrays[0].data_ptr()
+    if use == "export":
+        arrays = [arrays.pop().__dlpack__(stream=consumer, max_version=(1, 1))]
+    elif use == "fill":
+        gpuconst.fill(arrays[0], 2.0, stream=consumer)
+    elif use == "fill_many":
+        gpuconst.fill_many(arrays, 2.0, stream=consumer)
+    else:
+        gpuconst.plan_fill(arrays, 2.0).fill(stream=consumer)
+    made = [gpuconst.full(10, 1.0, device="cuda", stream=producer) for _ in range(3)]
+    assert pointer not in [array.data_ptr() for array in made]
+    before = calls("cuEventRecord", "cuStreamWaitEvent")
+    arrays.clear()
+    record, wait = calls("cuEventRecord", "cuStreamWaitEvent")[len(before) :]
+    event = record.split()[1]
+    assert record == f"cuEventRecord {event} stream={consumer:#x}"
+    assert wait == f"cuStreamWaitEvent stream={producer:#x} {event}"
+    assert gpuconst.full(10, 1.0, device="cuda", stream=producer).data_ptr() == pointer
+    del made
+
+
+@pytest.mark.parametrize("dtype", [name for name in DTYPES if not name.startswith("float8")])
+@on_cupy
+def test_to_cupy_shares_the_memory(dtype: str) -> None:
+    array = gpuconst.full((3, 5), 1, dtype=dtype, device="cuda:1")
+    shared = array.to_cupy()
+    assert (shared.data.ptr, shared.shape, shared.dtype) == (array.data_ptr(), (3, 5), array.dtype)
+    assert shared.device.id == 1
+    assert gpuconst.shares_memory(shared, array)
+
+
+@on_cupy
+def test_cupy_reads_the_cuda_array_interface() -> None:
+    array = gpuconst.full((3, 5), 1.5, device="cuda")
+    assert cupy.asarray(array).data.ptr == array.data_ptr()
+
+
+@on_cupy
+def test_arrays_carved_from_one_block_are_cupys_too() -> None:
+    made = gpuconst.full_many({str(n): ((n,), n, "bfloat16") for n in range(20)}, device="cuda")
+    assert len(launches()) == 1
+    assert [array.to_numpy().tolist() for array in made.values()] == [[n] * n for n in range(20)]
+    assert all(array.data_ptr() % 256 == 0 for array in made.values())
+    last = made.pop("19").to_cupy()
+    made.clear()
+    gc.collect()
+    gpuconst.full_many({str(n): ((n,), 0, "bfloat16") for n in range(20)}, device="cuda")
+    assert last.size == 19
+    assert not calls("cuMemFree_v2")
+
+
+@on_cupy
+def test_a_cupy_array_is_filled_on_cupys_current_stream() -> None:
+    x = cupy.ndarray((1000,), np.float32)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        gpuconst.fill(x, 1.5)
+    gpuconst.fill(x[::-3], 5.0)
+    assert [line.split()[4] for line in calls("launch")] == [f"stream={stream.ptr:#x}", "stream=(nil)"]
+    expected = np.full(1000, 1.5, np.float32)
+    expected[::-3] = 5.0
+    memory = (ctypes.c_char * x.nbytes).from_address(x.data.ptr)  # a stand-in's is the host's
+    np.testing.assert_array_equal(np.frombuffer(memory, np.float32), expected)
+
+
+@on_cupy
+def test_cupys_device_and_stream_are_left_alone() -> None:
+    stream = new_stream()
+    with cupy.cuda.Device(1), cupy.cuda.Stream() as current:
+        gpuconst.full(1000, 1.0, device="cuda:0", stream=stream).to_numpy()
+        gpuconst.full_many({"a": (3, 1.0, None), "b": (5, 2.0, None)}, device="cuda:0")
+        assert cupy.cuda.Device().id == 1
+        assert cupy.cuda.get_current_stream() == current
+        assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:1"
+    assert cupy.cuda.get_current_stream() == cupy.cuda.Stream.null
+
+
+@on_cupy
+def test_other_peoples_streams_are_not_destroyed() -> None:
+    streams = [new_stream() for _ in range(100)]
+    for stream in streams:
+        gpuconst.full(10, 1.0, device="cuda", stream=stream)
+    gc.collect()
+    assert set(streams) <= set(alive("s"))
+
+
+@on_standin(GPUCONST_BACKEND="cupy", STANDIN_RUNTIME=1, STANDIN_MEMORY=4 * MIB)
+def test_out_of_memory() -> None:
+    kept = gpuconst.ones(MIB // 2, device="cuda:0")
+    with pytest.raises(gpuconst.OutOfMemoryError, match=rf"cuda:0 \(Stand-in 0.* {4 * MIB} bytes"):
+        gpuconst.ones(MIB, device="cuda:0")
+    arrays = [gpuconst.zeros(MIB // 4, device="cuda:0") for _ in range(2)]
+    before = launches()
+    with pytest.raises(gpuconst.OutOfMemoryError):
+        gpuconst.fill_many(arrays, 1.0)  # there is no room for the table
+    assert launches() == before
+    del arrays[1]
+    gpuconst.fill_many([arrays[0], kept], 2.0)
+    assert (kept.to_numpy() == 2.0).all()
+    assert gpuconst.ones(MIB, device="cuda:1").device == "cuda:1"
+
+
+@on_standin(GPUCONST_BACKEND="cupy", STANDIN_RUNTIME=1, STANDIN_CAPABILITY=70)
+def test_a_card_that_the_compiler_has_dropped() -> None:
+    with pytest.raises(gpuconst.DeviceUnavailableError, match=r"NVRTC .* has dropped compute capability 7\.0"):
+        gpuconst.full(3, 1.0, device="cuda")
+
+
+@on_cupy
+def test_memory_is_given_back_although_a_stream_that_used_it_is_gone() -> None:
+    producer, consumer = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    gpuconst.fill(array, 2.0, stream=consumer)
+    pointer = array.data_ptr()
+    assert driver().cuStreamDestroy_v2(ctypes.c_void_p(consumer)) == 0
+    del array
+    assert gpuconst.full(10, 1.0, device="cuda", stream=producer).data_ptr() == pointer
