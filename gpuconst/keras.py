@@ -157,14 +157,18 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
     dtype = keras.backend.standardize_dtype(dtype)
     if _dynamo_compiles():
         return keras.initializers.Constant(value)(shape, dtype)
-    shape = check_shape(shape, 1)
-    if not _is_scalar(value):
-        return _from_array(value, shape, dtype)
-    encode(value, resolve_dtype(dtype))  # the policy holds in every context, the traced ones too
+    is_scalar = _is_scalar(value)
+    if is_scalar:
+        encode(value, resolve_dtype(dtype))  # the policy holds in every context, the traced ones too
+    lengths = _read_shape(shape)
+    if lengths is None:
+        return keras.initializers.Constant(value)(shape, dtype)
+    if not is_scalar:
+        return _from_array(value, lengths, dtype)
     make = _MAKERS.get(keras.config.backend())
     if make is not None:
         try:
-            tensor = make(shape, value, dtype)
+            tensor = make(lengths, value, dtype)
         except (MemoryError, DeviceUnavailableError) as error:
             _warn_once(error)
         else:
@@ -172,13 +176,26 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
                 return tensor
     # As a Python number: not every backend's full takes the scalars of NumPy and ml_dtypes for what they are.
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
-    return keras.ops.full(shape, number, dtype=dtype)
+    return keras.ops.full(lengths, number, dtype=dtype)
 
 
 def _dynamo_compiles() -> bool:
     """Whether torch.compile reads this code instead of running it: the value policy is not for its eyes."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.compiler.is_dynamo_compiling())
+
+
+def _read_shape(shape: Any) -> tuple[int, ...] | None:
+    """Return the shape as ints, or None if it has a length of a graph, which only the backend can read."""
+    lengths = shape if isinstance(shape, tuple | list) else (shape,)
+    if any(length is None or isinstance(length, keras.KerasTensor) for length in lengths):
+        raise TypeError(
+            f"the initializer was called with the shape {shape}, which is not known yet; make the weight in the "
+            "layer's build(), from the dimensions that are known there, or give every dimension as an int"
+        )
+    if all(isinstance(length, int | float | str | bytes | np.generic | np.ndarray) for length in lengths):
+        return check_shape(shape, 1)
+    return None
 
 
 _warned: set[type[Exception]] = set()
@@ -220,6 +237,8 @@ def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
+    import tensorflow
+
     if dtype.startswith("float8"):  # which its DLPack does not take
         return None
     probe = keras.ops.zeros((), dtype=dtype)
@@ -228,7 +247,9 @@ def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     device = _tensorflow_device(probe.device)
     if device is None:
         return None
-    return _filled(shape, value, probe.dtype.name, device).to_tensorflow()
+    tensor = _filled(shape, value, probe.dtype.name, device).to_tensorflow()
+    # Host memory is imported to the first of several virtual CPUs; between them nothing is copied.
+    return tensor if tensor.device == probe.device else tensorflow.identity(tensor)
 
 
 def _tensorflow_device(name: str) -> str | None:
@@ -242,7 +263,11 @@ def _tensorflow_device(name: str) -> str | None:
 def _make_jax(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     import jax
 
+    from .jax import check_narrowed
+
     probe = keras.ops.zeros((), dtype=dtype)
+    if probe.dtype.name != dtype:
+        check_narrowed(value, dtype)
     if isinstance(probe, jax.core.Tracer) or len(probe.devices()) != 1:
         return None
     (device,) = probe.devices()

@@ -1,7 +1,8 @@
 """The Keras initializers on each backend of Keras, each in a process of its own.
 
 A process imports one backend and runs all of the cases asked for, files of `keras_cases`, with pytest;
-here each case is a test, with the outcome that it had there.
+here each case is a test, with the outcome that it had there. Several devices are another process: a
+backend counts its devices once.
 """
 
 from __future__ import annotations
@@ -13,19 +14,33 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 CASES = Path(__file__).with_name("keras_cases")
-EVERYWHERE = ["values", "layers", "objects", "saving"]
-FILES = {
-    "tensorflow": [*EVERYWHERE, "sharing", "on_tensorflow"],
-    "jax": [*EVERYWHERE, "sharing", "on_jax"],
-    "torch": [*EVERYWHERE, "sharing", "on_torch"],
-    "numpy": EVERYWHERE,
-    "openvino": EVERYWHERE,
+
+
+@dataclass(frozen=True)
+class Process:
+    """What one process runs."""
+
+    backend: str
+    files: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+EVERYWHERE = ["values", "layers", "models", "objects", "saving"]
+PROCESSES = {
+    "tensorflow": Process("tensorflow", [*EVERYWHERE, "sharing", "training", "on_tensorflow"]),
+    "jax": Process("jax", [*EVERYWHERE, "sharing", "training", "on_jax"]),
+    "torch": Process("torch", [*EVERYWHERE, "sharing", "training", "on_torch"]),
+    "numpy": Process("numpy", EVERYWHERE),
+    "openvino": Process("openvino", EVERYWHERE),
+    "tensorflow on 2 devices": Process("tensorflow", ["mirrored"]),
+    "jax on 8 devices": Process("jax", ["distribution"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}),
 }
 
 IGNORED = [
@@ -42,7 +57,7 @@ def _cases(file: str) -> list[str]:
     return [f"{file}.py::{name}" for name in names]
 
 
-ALL = [(backend, case) for backend, files in FILES.items() for file in files for case in _cases(file)]
+ALL = [(name, case) for name, process in PROCESSES.items() for file in process.files for case in _cases(file)]
 
 # By the name of a case with its parameters: whether it passed, failed or was skipped, and what was said of it.
 Outcomes = dict[str, tuple[str, str]]
@@ -55,24 +70,25 @@ def outcomes(
     asked: dict[str, list[str]] = {}
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.originalname == "test_keras":
-            backend, case = (str(item.callspec.params[name]) for name in ("backend", "case"))
-            asked.setdefault(backend, []).append(case)
+            process, case = (str(item.callspec.params[name]) for name in ("process", "case"))
+            asked.setdefault(process, []).append(case)
     with ThreadPoolExecutor(2) as pool:
         running = {
-            backend: pool.submit(_run, backend, cases, tmp_path_factory.mktemp(backend) / "report.xml")
-            for backend, cases in asked.items()
-            if importlib.util.find_spec(backend) is not None
+            name: pool.submit(_run, PROCESSES[name], cases, tmp_path_factory.mktemp("keras") / "report.xml")
+            for name, cases in asked.items()
+            if importlib.util.find_spec(PROCESSES[name].backend) is not None
         }
-        yield lambda backend: running[backend].result()
+        yield lambda name: running[name].result()
 
 
-def _run(backend: str, cases: list[str], report: Path) -> Outcomes:
+def _run(process: Process, cases: list[str], report: Path) -> Outcomes:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     done = subprocess.run(
         [*command, *(f"-W{line}" for line in IGNORED), *(str(CASES / case) for case in cases)],
         env={
             **os.environ,
-            "KERAS_BACKEND": backend,
+            **process.environment,
+            "KERAS_BACKEND": process.backend,
             "CUDA_VISIBLE_DEVICES": "-1",
             "JAX_PLATFORMS": "cpu",
             "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -97,11 +113,11 @@ def _text(element: ElementTree.Element) -> str:
     return element.get("message", "") if element.tag == "skipped" else element.text or ""
 
 
-@pytest.mark.parametrize(("backend", "case"), ALL, ids=[f"{backend}-{case}" for backend, case in ALL])
-def test_keras(backend: str, case: str, outcomes: Callable[[str], Outcomes]) -> None:
-    if importlib.util.find_spec(backend) is None:
-        pytest.skip(f"{backend} is not installed")
-    found = outcomes(backend)
+@pytest.mark.parametrize(("process", "case"), ALL, ids=[f"{process}-{case}" for process, case in ALL])
+def test_keras(process: str, case: str, outcomes: Callable[[str], Outcomes]) -> None:
+    if importlib.util.find_spec(PROCESSES[process].backend) is None:
+        pytest.skip(f"{PROCESSES[process].backend} is not installed")
+    found = outcomes(process)
     mine = [outcome for name, outcome in found.items() if name.partition("[")[0] == case]
     assert mine, f"{case} did not run: {found}"
     failures = [text for tag, text in mine if tag in ("failure", "error")]

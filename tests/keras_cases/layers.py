@@ -37,16 +37,6 @@ def test_layers_that_copy_their_initializers() -> None:
     assert all((as_numpy(kernel.value) == np.float32(0.1)).all() for kernel in kernels)
 
 
-def test_mixed_precision() -> None:
-    built = keras.layers.Dense(4, dtype="mixed_bfloat16", kernel_initializer=Constant(0.1), bias_initializer=Zeros())
-    output = built(np.ones((2, 3), "float32"))
-    assert keras.backend.standardize_dtype(built.kernel.value.dtype) == "float32"
-    assert keras.backend.standardize_dtype(output.dtype) == "bfloat16"
-    pure = keras.layers.Dense(4, dtype="bfloat16", kernel_initializer=Constant(0.1))
-    pure.build((None, 3))
-    assert keras.backend.standardize_dtype(pure.kernel.value.dtype) == "bfloat16"
-
-
 def test_inside_a_stateless_scope() -> None:
     with keras.StatelessScope():
         built = keras.layers.Dense(4, kernel_initializer=Constant(0.5), bias_initializer=Constant([1, 2, 3, 4]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from keras_cases.weights import BACKEND, filled_addresses
+from keras_cases.weights import OURS, filled_addresses, inputs, sequential
 
 from gpuconst.keras import Constant, Ones, Zeros
 
@@ -40,6 +39,19 @@ def test_the_value_policy_holds_while_tracing() -> None:
         jax.jit(lambda: Constant(300)((2,), "int8"))()
 
 
+@pytest.mark.parametrize("value", [0.5, [0.5, 0.5, 0.5]], ids=repr)
+def test_a_shape_that_the_export_knows(value: Any) -> None:
+    function = jax.jit(lambda x: x + Constant(value)(x.shape))
+    rows = jax.ShapeDtypeStruct(jax.export.symbolic_shape("rows, 3"), jnp.float32)  # type: ignore[no-untyped-call]
+    exported: Any = jax.export.export(function)(rows)
+    assert exported.call(jnp.ones((2, 3))).tolist() == [[1.5] * 3] * 2
+
+
+def test_a_traced_shape_is_refused_by_jax() -> None:
+    with pytest.raises(TypeError, match="If using `jit`, try using `static_argnums`"):
+        jax.jit(lambda length: Constant(0.5)((length, 3)))(2)
+
+
 def test_inside_transformed_functions() -> None:
     assert jax.vmap(lambda x: x + Constant(0.5)((2,)))(jnp.ones((3, 2))).tolist() == [[1.5] * 2] * 3
     total, _ = jax.lax.scan(lambda carry, x: (carry + Constant(0.5)(()) * x, None), 0.0, jnp.ones(4))
@@ -54,8 +66,14 @@ def test_64_bits_follow_jax(dtype: str) -> None:
 
 
 def test_what_the_32_bits_cannot_hold_is_refused() -> None:
-    with pytest.raises(OverflowError, match="does not fit int32"):
-        Constant(2**40)((2,), "int64")
+    def make() -> Any:
+        return Constant(2**40)((2,), "int64")
+
+    for function in (make, jax.jit(make)):
+        with pytest.raises(OverflowError, match="JAX takes int32 for int64 while 64-bit types are off; enable them"):
+            function()
+    with jax.enable_x64(True):
+        assert make().tolist() == [2**40] * 2
 
 
 def test_arrays_are_uncommitted_as_those_of_keras() -> None:
@@ -64,39 +82,34 @@ def test_arrays_are_uncommitted_as_those_of_keras() -> None:
     assert not keras.Variable(Constant(0.5), shape=(4, 4)).value.committed
 
 
-SHARDED = """
-    import jax, keras, numpy as np, warnings
-    from gpuconst.keras import Constant, Zeros
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-
-    one, two = jax.devices()
-    inputs = jax.device_put(np.ones((4, 8), "float32"), NamedSharding(Mesh([one, two], "x"), P("x")))
-    layer = keras.layers.Dense(4, kernel_initializer=Constant(0.5), bias_initializer=Zeros())
-    print(layer(inputs).sharding.num_devices)
-    for scope in (jax.default_device(two), keras.device("cpu:1")):
-        with scope:
-            weight = Constant(0.5)((4,))
-            print(weight.devices() == {two}, weight.committed)
-    for strategy in (keras.distribution.DataParallel(),
-                     keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="b") if (
-                         mesh := keras.distribution.DeviceMesh((1, 2), ["b", "m"]),
-                         layout := keras.distribution.LayoutMap(mesh),
-                         layout.__setitem__(".*kernel", (None, "m"))) else None):
-        keras.distribution.set_distribution(strategy)
-        layer = keras.layers.Dense(4, kernel_initializer=Constant(0.5))
-        layer.build((None, 8))
-        kernel = layer.kernel.value
-        print(kernel.sharding.num_devices, kernel.addressable_shards[0].data.shape, bool((kernel == 0.5).all()))
-"""
-
-
-def test_several_devices(run_python: functools.partial[str]) -> None:
-    lines = run_python(SHARDED, KERAS_BACKEND=BACKEND, XLA_FLAGS="--xla_force_host_platform_device_count=2")
-    assert lines.splitlines() == ["2", "True False", "True False", "2 (8, 4) True", "2 (8, 2) True"]
-
-
 def test_donated_weights_leave_new_ones_alone() -> None:
     initializer = Constant(0.5)
     step: Any = jax.jit(lambda x: x + 1, donate_argnums=0)
     assert step(initializer((256, 256)))[0, 0] == 1.5
     assert (initializer((256, 256)) == 0.5).all()
+
+
+def _trained_in_a_stateless_scope(initializers: Any) -> list[np.ndarray]:
+    model = sequential(initializers)
+    start = [variable.value for variable in model.trainable_variables]
+
+    def loss(values: list[jax.Array]) -> Any:
+        with keras.StatelessScope(zip(model.trainable_variables, values, strict=True)):
+            return (model(inputs()) ** 2).mean()
+
+    @jax.jit
+    def step(values: list[jax.Array]) -> Any:
+        return jax.tree.map(lambda value, gradient: value - 0.1 * gradient, values, jax.grad(loss)(values))
+
+    trained = step(start)
+    assert all(
+        (variable.value == value).all() for variable, value in zip(model.trainable_variables, start, strict=True)
+    )
+    return [np.asarray(value) for value in trained]
+
+
+def test_training_in_a_stateless_scope() -> None:
+    trained = _trained_in_a_stateless_scope(OURS)
+    assert (trained[0] != np.float32(0.1)).any()
+    for weight, twin in zip(trained, _trained_in_a_stateless_scope(keras.initializers), strict=True):
+        np.testing.assert_allclose(weight, twin, rtol=1e-6)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras_cases.weights import address, filled_addresses
+from keras_cases.weights import OURS, address, filled_addresses, inputs, sequential
 
 from gpuconst.keras import Constant, Ones, Zeros
 
@@ -45,6 +46,21 @@ def test_the_value_policy_holds_while_tracing() -> None:
         make()
 
 
+@pytest.mark.parametrize("initializer", [Constant(0.5), Constant([0.5, 0.5, 0.5]), Constant(np.float16(0.5))], ids=repr)
+def test_a_shape_that_the_graph_knows(initializer: Constant) -> None:
+    @tf.function(input_signature=[tf.TensorSpec([None, 3])])  # type: ignore[untyped-decorator, unused-ignore]
+    def make(x: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        return initializer(tf.shape(x)), initializer((tf.shape(x)[0], 3)), initializer(keras.ops.shape(x))
+
+    for made in make(tf.ones((2, 3))):
+        assert made.numpy().tolist() == [[0.5] * 3] * 2
+
+
+def test_a_shape_that_nobody_knows() -> None:
+    with pytest.raises(ValueError, match="partially known TensorShape"):
+        Constant(0.5)(tf.TensorShape([None, 3]))
+
+
 def test_a_variable_made_inside_a_function() -> None:
     kept: list[keras.Variable] = []
 
@@ -66,19 +82,59 @@ def test_a_version_1_graph() -> None:
     assert [value.tolist() for value in values] == [[[0.5] * 3] * 2, [0.0] * 2, [[1.0, 0.0], [0.0, 1.0]]]
 
 
+def _trained_in_a_version_1_graph(initializers: Any) -> list[np.ndarray]:
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), filled_addresses() as filled:
+        kernel = v1.Variable(initializers.Constant(0.5)((4, 3)), use_resource=True)
+        bias = v1.get_variable("bias", shape=(3,), initializer=initializers.Ones())
+        loss = tf.reduce_mean((tf.constant(inputs()) @ kernel + bias) ** 2)
+        step = v1.train.GradientDescentOptimizer(0.1).minimize(loss)
+        with v1.Session() as session:
+            session.run(v1.global_variables_initializer())
+            before = session.run([kernel, bias])
+            session.run(step)
+            after = session.run([kernel, bias])
+    assert not filled
+    return [*before, *after]
+
+
+def test_training_in_a_version_1_graph() -> None:
+    kernel, bias, *after = _trained_in_a_version_1_graph(OURS)
+    assert (kernel == 0.5).all()
+    assert (bias == 1).all()
+    for weight, twin in zip(after, _trained_in_a_version_1_graph(keras.initializers)[2:], strict=True):
+        np.testing.assert_allclose(weight, twin, rtol=1e-6)
+    assert (after[0] != kernel).any()
+
+
+def _trained_in_a_function(initializers: Any) -> list[np.ndarray]:
+    model, optimizer = sequential(initializers), keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+
+    @tf.function  # type: ignore[untyped-decorator, unused-ignore]
+    def step(x: tf.Tensor) -> None:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    step(tf.constant(inputs()))
+    return list(model.get_weights())
+
+
+def test_training_in_a_function() -> None:
+    trained = _trained_in_a_function(OURS)
+    assert (trained[0] != np.float32(0.1)).any()
+    for weight, twin in zip(trained, _trained_in_a_function(keras.initializers), strict=True):
+        np.testing.assert_allclose(weight, twin, rtol=1e-6)
+
+
 def test_device_scopes() -> None:
     for scope in (tf.device("CPU:0"), keras.device("cpu:0")):
         with scope, filled_addresses() as filled:
             weight = Constant(0.5)((8, 8))
         assert weight.device.endswith("device:CPU:0")
         assert address(weight) in filled
-
-
-def test_a_mirrored_strategy() -> None:
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        layer = keras.layers.Dense(4, kernel_initializer=Constant(0.5))
-        layer.build((None, 3))
-    assert (layer.kernel.value.numpy() == 0.5).all()
 
 
 def test_jit_compiled() -> None:

@@ -64,6 +64,19 @@ def test_export() -> None:
     assert exported.module()(torch.ones(3)).tolist() == [1.5] * 3
 
 
+@pytest.mark.parametrize("value", [0.5, [0.5, 0.5, 0.5]], ids=repr)
+def test_a_shape_that_the_graph_knows(value: object) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return x + Constant(value)(x.shape)
+
+    rows = {"x": {0: torch.export.Dim("rows")}}
+    exported = torch.export.export(Model(), (torch.ones(2, 3),), dynamic_shapes=rows)
+    assert exported.module()(torch.ones(5, 3)).tolist() == [[1.5] * 3] * 5
+    compiled = torch.compile(Model(), backend="eager", dynamic=True)
+    assert compiled(torch.ones(4, 3)).tolist() == [[1.5] * 3] * 4
+
+
 def test_functorch() -> None:
     made = torch.func.vmap(lambda x: x + Constant(0.5)((2,)))(torch.ones(3, 2))
     assert made.tolist() == [[1.5] * 2] * 3

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
-from keras_cases.weights import BACKEND, as_numpy
+from keras_cases.weights import BACKEND, MODELS, OURS, as_numpy, inputs
 
 from gpuconst.keras import Constant, Ones, Zeros
 
+stock = keras.initializers
 TESTS = Path(__file__).parents[1]
 
 
@@ -40,6 +42,26 @@ def test_with_gpuconst(tmp_path: Path, suffix: str) -> None:
     first, second = loaded.layers
     assert (first.kernel_initializer, first.bias_initializer) == (Constant(0.5), Ones())
     assert (second.kernel_initializer, second.bias_initializer) == (Zeros(), Constant([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"), [(OURS, OURS), (OURS, stock), (stock, OURS)], ids=lambda made: made.__name__
+)
+def test_load_weights(tmp_path: Path, build: Callable[[Any], Any], saved_by: Any, loaded_by: Any) -> None:
+    path = tmp_path / "model.weights.h5"
+    saved, loaded = build(saved_by), build(loaded_by)
+    before = as_numpy(saved(inputs()))
+    np.testing.assert_array_equal(as_numpy(loaded(inputs())), before)
+    for weight in saved.weights:
+        weight.assign(weight.value * 3 + 1)
+    saved.save_weights(path)
+    loaded.load_weights(path)
+    for weight, twin in zip(saved.weights, loaded.weights, strict=True):
+        assert as_numpy(weight.value).tobytes() == as_numpy(twin.value).tobytes()
+    np.testing.assert_array_equal(as_numpy(loaded(inputs())), as_numpy(saved(inputs())))
+    assert (as_numpy(loaded(inputs())) != before).any()
+    np.testing.assert_array_equal(as_numpy(build(loaded_by)(inputs())), before)  # a new one is not the loaded one
 
 
 WITHOUT = """

@@ -160,15 +160,17 @@ def test_no_number_and_no_array(value: Any) -> None:
 @pytest.mark.parametrize(
     ("shape", "error", "words"),
     [
-        (None, TypeError, "a shape is an int or a sequence of ints, not None"),
-        ((None, 3), TypeError, r"is an int, not None \(in \(None, 3\)\)"),
+        (None, TypeError, r"the shape None, which is not known yet; make the weight in the layer's build\(\)"),
+        ((None, 3), TypeError, r"the shape \(None, 3\), which is not known yet.*give every dimension as an int"),
+        (keras.Input((3,)).shape, TypeError, r"the shape \(None, 3\), which is not known yet"),
+        (keras.KerasTensor((2,)), TypeError, "KerasTensor.*, which is not known yet"),
+        ((keras.KerasTensor((), "int32"), 3), TypeError, "KerasTensor.*, which is not known yet"),
         ((2.0,), TypeError, "is an int, not 2.0"),
         ((True,), TypeError, "is an int, not True"),
-        (keras.KerasTensor((2,)), NotImplementedError, "symbolic KerasTensor"),
         ((-1,), ValueError, r"negative dimension \(-1\)"),
         ((2**62, 4), OverflowError, "more than"),
     ],
-    ids=["None", "unknown", "fraction", "bool", "symbolic", "negative", "huge"],
+    ids=["None", "unknown", "input", "symbolic", "symbolic length", "fraction", "bool", "negative", "huge"],
 )
 def test_shapes_that_are_none(initializer: Any, shape: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):

@@ -115,3 +115,49 @@ LAYERS = [
     "own layer",
 ]
 OURS: Any = gpuconst.keras
+
+
+class Branches(keras.Model):  # type: ignore[misc]
+    """A user's model, with a weight of its own beside those of its layers."""
+
+    def __init__(self, initializers: Any) -> None:
+        super().__init__()
+        self.first = keras.layers.Dense(3, kernel_initializer=initializers.Constant(0.25))
+        self.second = keras.layers.Dense(3, kernel_initializer=initializers.Constant(-0.5), bias_initializer="ones")
+        self.mix = self.add_weight(name="mix", shape=(3,), initializer=initializers.Constant([0.1, 0.2, 0.3]))
+
+    def call(self, inputs: Any) -> Any:
+        return self.first(inputs) * self.mix + self.second(inputs)
+
+
+def sequential(initializers: Any) -> Any:
+    """Return two layers in a row."""
+    constant, zeros, ones = initializers.Constant, initializers.Zeros(), initializers.Ones()
+    return keras.Sequential(
+        [
+            keras.Input((4,)),
+            keras.layers.Dense(3, kernel_initializer=constant(0.1), bias_initializer=zeros),
+            keras.layers.Dense(3, kernel_initializer=constant([[0.5, -0.5, 1.5]]), bias_initializer=ones),
+        ]
+    )
+
+
+def functional(initializers: Any) -> Any:
+    """Return two branches, and a layer that both use."""
+    given = keras.Input((4,))
+    shared = keras.layers.Dense(3, kernel_initializer=initializers.Constant(0.1))
+    doubled = keras.layers.Dense(4, kernel_initializer=initializers.Constant(2.0), bias_initializer=initializers.Ones())
+    return keras.Model(given, keras.layers.add([shared(given), shared(doubled(given))]))
+
+
+def subclassed(initializers: Any) -> Any:
+    """Return a model that makes the weights of its layers when it is called."""
+    return Branches(initializers)
+
+
+MODELS = [sequential, functional, subclassed]
+
+
+def inputs() -> np.ndarray:
+    """Return what the models take: eight rows of four."""
+    return np.linspace(-1, 1, 32, dtype="float32").reshape(8, 4)
