@@ -56,8 +56,8 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
     Raises
     ------
     TypeError
-        If the value is no number and no array, when the initializer is made; or does not have the
-        kind of the dtype, when it is called.
+        If the value is no number and no array, when the initializer is made; when it is called, if the
+        value does not have the kind of the dtype, or the shape is not known yet.
     OverflowError
         When called, if the value does not fit the dtype.
     ValueError
