@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,7 @@ _PARAMETERS = {
     "cuEventDestroy_v2": [_HANDLE],
 }
 _DISABLE_TIMING = 2
+_CAPTURE_RELAXED = 2
 _CAPTURE_IMPLICIT = 906  # the legacy default stream, while another stream is captured
 
 #: CUDA 12, the oldest that both CuPy 14 and numba-cuda support.
@@ -273,11 +276,17 @@ def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
 
 
 def order(first: int, then: int, index: int) -> None:
-    """Make stream `then` wait for what stream `first` has been given so far."""
+    """Make stream `then` wait for what stream `first` has been given so far.
+
+    Not if only one of them is being captured: a graph cannot wait for what is not part of it, nor anything for
+    the graph, which has not run. When it does, whoever launches it orders that.
+    """
     if (first or 1) == (then or 1):  # 0 and 1 are the legacy default stream
         return
     cuda = _library()
     with primary_context(index):
+        if bool(_captured(first)) != bool(_captured(then)):
+            return
         event = _record(first)
         try:
             _check(cuda.cuStreamWaitEvent(then, event, 0))
@@ -305,13 +314,29 @@ def synchronize(index: int, stream: int) -> None:
 
 def is_capturing(index: int, stream: int) -> bool:
     """Return whether work given to a stream becomes part of a CUDA graph, or would spoil one."""
-    status = ctypes.c_int()
     with primary_context(index):
-        error = _library().cuStreamIsCapturing(stream, ctypes.byref(status))
+        return _captured(stream) is not False
+
+
+def _captured(stream: int) -> bool | None:
+    """Return whether a stream is being captured; None if it is the legacy one, which others' capture closes."""
+    status = ctypes.c_int()
+    error = _library().cuStreamIsCapturing(stream, ctypes.byref(status))
     if error == _CAPTURE_IMPLICIT:
-        return True
+        return None
     _check(error)
     return status.value != 0
+
+
+@contextlib.contextmanager
+def any_capture_mode() -> Iterator[None]:
+    """Allow this thread what the usual mode of capture forbids while a graph is captured: to load a kernel."""
+    exchange, mode = _library().cuThreadExchangeStreamCaptureMode, ctypes.c_int(_CAPTURE_RELAXED)
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 def refuse_capture(index: int, stream: int) -> None:

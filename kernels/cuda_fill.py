@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,23 @@ from .runs import Launch, Region, run_launch, split, stretch, strided_launches, 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any], int, int], tuple[Any, int]]
 #: Launches a kernel on a device and stream.
 Start = Callable[[Launch, int, int], None]
+
+
+def capturable(start: Start) -> Start:
+    """Return `start`, with the first launch of a kernel on a device, which loads it, allowed under capture too."""
+    loaded: set[tuple[str, int]] = set()
+
+    @functools.wraps(start)
+    def launched(launch: Launch, index: int, stream: int) -> None:
+        key = launch.kernel, index
+        if key in loaded:
+            start(launch, index, stream)
+            return
+        with cuda_driver.any_capture_mode():
+            start(launch, index, stream)
+        loaded.add(key)
+
+    return launched
 
 
 def fill(regions: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start) -> None:

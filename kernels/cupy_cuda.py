@@ -194,6 +194,7 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
 
 
+@cuda_fill.capturable
 def _launch(launch: Launch, index: int, stream: int) -> None:
     import cupy
 

@@ -213,6 +213,7 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
 
 
+@cuda_fill.capturable
 def _launch(launch: Launch, index: int, stream: int) -> None:
     from cuda import core
 
@@ -244,7 +245,8 @@ def _pool(index: int) -> Any:
     from cuda.bindings import driver
     from cuda.core import DeviceMemoryResource, DeviceMemoryResourceOptions
 
-    pool = DeviceMemoryResource(index, DeviceMemoryResourceOptions())
+    with cuda_driver.any_capture_mode():
+        pool = DeviceMemoryResource(index, DeviceMemoryResourceOptions())
     attribute = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
     (status,) = driver.cuMemPoolSetAttribute(pool.handle, attribute, driver.cuuint64_t(RELEASE_THRESHOLD))
     if status:

@@ -519,14 +519,23 @@ def test_a_stream_of_another_device_is_refused() -> None:
     assert not launches()
 
 
+@contextmanager
+def captured(stream: int) -> Iterator[None]:
+    """Capture the work of a stream, and check that nothing spoils it."""
+    driver().standin_capture(ctypes.c_void_p(stream))
+    try:
+        yield
+    finally:
+        assert not driver().standin_capture(None)
+
+
 @on_standin()
 def test_only_what_is_prepared_can_be_captured() -> None:
     stream = new_stream()
     arrays = [gpuconst.zeros(n, device="cuda", stream=stream) for n in (10, 20)]
     plan = gpuconst.plan_fill(arrays, 1.0)
     prepared = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")
-    driver().standin_capture(ctypes.c_void_p(stream))
-    try:
+    with captured(stream):
         with pytest.raises(RuntimeError, match="graph is being captured"):
             gpuconst.full(10, 1.0, device="cuda", stream=stream)
         with pytest.raises(RuntimeError, match="plan_fill"):
@@ -534,10 +543,43 @@ def test_only_what_is_prepared_can_be_captured() -> None:
         assert calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch") == prepared
         gpuconst.fill(arrays[0], 3.0, stream=stream)
         plan.fill(stream=stream)
-    finally:
-        driver().standin_capture(None)
-    captured = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")[len(prepared) :]
-    assert [line.split()[:2] for line in captured] == [["launch", "fill_run"], ["launch", "fill_runs"]]
+    work = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")[len(prepared) :]
+    assert [line.split()[:2] for line in work] == [["launch", "fill_run"], ["launch", "fill_runs"]]
+
+
+@on_standin(CAPTURE="first")
+def test_capture_may_be_the_first_use() -> None:
+    stream = new_stream()
+    with captured(stream):
+        with pytest.raises(RuntimeError, match="graph is being captured"):
+            gpuconst.full(10, 1.0, device="cuda", stream=stream)
+
+
+@on_standin(CAPTURE="kernels")
+def test_kernels_are_loaded_while_a_graph_is_captured() -> None:
+    stream = new_stream()
+    array = gpuconst.full((64, 64), 1.0, device="cuda:0", stream=stream)  # with the one kernel that is loaded then
+    plan = gpuconst.plan_fill([Foreign(array, shape=(10,)), Foreign(array, 80, shape=(5,), strides=(12,))], 3.0)
+    with captured(stream):
+        gpuconst.fill(Foreign(array, shape=(5,), strides=(8,)), 2.0, stream=stream)
+        plan.fill(stream=stream)
+    assert [launch.split()[0] for launch in launches()[1:]] == ["fill_strided32", "fill_run", "fill_strided32"]
+
+
+@pytest.mark.parametrize("use", ["fill", "plan"])
+@on_standin()
+def test_a_captured_fill_does_not_wait_for_what_is_not_captured(use: str) -> None:
+    stream = new_stream()
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    plan = gpuconst.plan_fill(arrays, 1.0)
+    with captured(stream):
+        if use == "fill":
+            gpuconst.fill(arrays[0], 3.0, stream=stream)
+        else:
+            plan.fill(stream=stream)
+    assert f"stream={stream:#x}" in calls("launch")[-1]
+    gpuconst.fill(arrays[0], 2.0, stream=new_stream())
+    assert (arrays[0].to_numpy() == 2.0).all()
 
 
 # Errors, and what is left behind.

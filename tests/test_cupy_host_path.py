@@ -36,6 +36,8 @@ SHARED = [
     "test_to_numpy_copies_in_stream_order_and_waits",
     "test_a_stream_of_another_device_is_refused",
     "test_only_what_is_prepared_can_be_captured",
+    "test_capture_may_be_the_first_use",
+    "test_kernels_are_loaded_while_a_graph_is_captured",
     "test_threads",
     "test_memory_that_is_not_a_devices_is_refused",
 ]

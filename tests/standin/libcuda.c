@@ -25,12 +25,19 @@
 
 enum {
   SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
-  INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500
+  INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900, CAPTURE_ISOLATION = 905
 };
+enum { RELAXED = 2 };
 enum { DEVICES = 8, OBJECTS = 1 << 16, DEPTH = 64, ALIGNMENT = 512 };
 
 typedef struct { int device; } Context;
-typedef struct { const char *address; size_t size; char kind; int device; } Object; /* size: of memory, else 1 */
+typedef struct {
+  const char *address;
+  size_t size; /* of memory; else 1 */
+  char kind;
+  int device;
+  void *recorded; /* the stream of an event */
+} Object;
 typedef int (*Run)(const char *kernel, unsigned grid, unsigned block, void **parameters);
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -40,7 +47,9 @@ static Context primary[DEVICES] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
 static __thread Context *stack[DEPTH];
 static __thread int depth;
 static pid_t initialised;
-static void *captured;
+static void *captured; /* a stream that work is captured from, in the mode that forbids the most */
+static int spoiled;
+static __thread int mode; /* of capture */
 static Run run;
 
 static long setting(const char *name, long otherwise) {
@@ -51,6 +60,8 @@ static long setting(const char *name, long otherwise) {
 #define LOG(...) record(__func__, __VA_ARGS__)
 #define TRY(condition, error) do { if (!(condition)) return error; } while (0)
 #define CONTEXT TRY(depth && stack[depth - 1], INVALID_CONTEXT)
+/* What may wait for a device, or move its memory: while work is captured, it spoils the graph. */
+#define UNSAFE TRY(!captured || mode == RELAXED, spoil(CAPTURE_UNSUPPORTED))
 
 __attribute__((format(printf, 2, 3))) static void record(const char *function, const char *format, ...) {
   const char *path = getenv("STANDIN_LOG");
@@ -67,6 +78,11 @@ __attribute__((format(printf, 2, 3))) static void record(const char *function, c
   close(file);
 }
 
+static int spoil(int error) {
+  spoiled = 1;
+  return error;
+}
+
 static int device(void) { return stack[depth - 1]->device; }
 
 /* Objects that are alive: 'm'emory, 's'treams, 'e'vents, 'p'ools, modu'l'es and 'k'ernels. */
@@ -75,7 +91,7 @@ static int add(const void *address, size_t size, char kind, int on) {
   pthread_mutex_lock(&lock);
   int k = 0;
   while (k < OBJECTS && objects[k].address) k++;
-  if (k < OBJECTS) objects[k] = (Object){address, size, kind, on};
+  if (k < OBJECTS) objects[k] = (Object){address, size, kind, on, NULL};
   pthread_mutex_unlock(&lock);
   return k < OBJECTS ? SUCCESS : OUT_OF_MEMORY;
 }
@@ -115,7 +131,11 @@ static int is_stream(void *stream) { /* of the current context, or a default one
 /* What the tests ask and set. */
 
 void standin_run_with(Run callback) { run = callback; }
-void standin_capture(void *stream) { captured = stream; }
+int standin_capture(void *stream) { /* of NULL: ends it, and returns whether the graph was spoiled */
+  int was = spoiled;
+  captured = stream, spoiled = 0;
+  return was;
+}
 size_t standin_used(int index) { return used[index]; }
 
 int standin_alive(char kind, uint64_t *addresses, uint64_t *sizes, int room) {
@@ -282,6 +302,7 @@ int cuCtxSynchronize(void) {
 int cuMemPoolCreate(void **pool, const int *properties) {
   int on = properties[3]; /* after the types of allocation, handle and location */
   LOG("device=%d", on);
+  UNSAFE;
   *pool = calloc(1, 1);
   return add(*pool, 1, 'p', on);
 }
@@ -342,12 +363,14 @@ int cuMemFreeAsync(char *address, void *stream) {
 int cuMemAlloc_v2(char **address, size_t nbytes) { /* CuPy's */
   LOG("nbytes=%zu", nbytes);
   CONTEXT;
+  UNSAFE;
   TRY(nbytes, INVALID_VALUE);
   return allocate(address, nbytes, device());
 }
 
 int cuMemFree_v2(char *address) {
   LOG("address=%p", address);
+  UNSAFE;
   return discard(address, 'm');
 }
 
@@ -403,7 +426,14 @@ int cuStreamDestroy_v2(void *stream) {
 int cuStreamSynchronize(void *stream) {
   LOG("stream=%p", stream);
   CONTEXT;
+  UNSAFE;
   return is_stream(stream) ? SUCCESS : INVALID_HANDLE;
+}
+
+int cuThreadExchangeStreamCaptureMode(int *other) {
+  int was = mode;
+  mode = *other, *other = was;
+  return SUCCESS;
 }
 
 int cuStreamIsCapturing(void *stream, int *status) {
@@ -422,7 +452,9 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
   LOG("stream=%p event=%p", stream, event);
   (void)flags;
   CONTEXT;
-  return is_stream(stream) && find(event, 'e').address ? SUCCESS : INVALID_HANDLE;
+  TRY(is_stream(stream) && find(event, 'e').address, INVALID_HANDLE);
+  TRY(!captured || (stream == captured) == (find(event, 'e').recorded == captured), spoil(CAPTURE_ISOLATION));
+  return SUCCESS;
 }
 
 int cuEventCreate(void **event, unsigned flags) {
@@ -439,15 +471,24 @@ int cuEventDestroy_v2(void *event) {
 int cuEventRecord(void *event, void *stream) {
   LOG("event=%p stream=%p", event, stream);
   CONTEXT;
-  return is_stream(stream) && find(event, 'e').address ? SUCCESS : INVALID_HANDLE;
+  TRY(is_stream(stream) && find(event, 'e').address, INVALID_HANDLE);
+  pthread_mutex_lock(&lock);
+  for (int k = 0; k < OBJECTS; k++)
+    if (objects[k].address == event) objects[k].recorded = stream;
+  pthread_mutex_unlock(&lock);
+  return SUCCESS;
 }
 
-int cuEventQuery(void *event) { return find(event, 'e').address ? SUCCESS : INVALID_HANDLE; }
+int cuEventQuery(void *event) {
+  UNSAFE;
+  return find(event, 'e').address ? SUCCESS : INVALID_HANDLE;
+}
 
 /* Kernels: a library is its name and no more. */
 
 int cuLibraryLoadData(void **library, const void *code, int *a, void **b, unsigned c, int *d, void **e, unsigned f) {
   (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
+  UNSAFE;
   TRY(!memcmp(code, "\177ELF", 4), INVALID_VALUE);
   int status = new(library, 'l');
   LOG("library=%p", *library);
