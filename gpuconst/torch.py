@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from .array import Array
-from .backends import select
 from .batch import writable_view
-from .dtypes import resolve_dtype
+from .dtypes import DType, resolve_dtype
 from .filling import fill, fill_many
 from .rules import Rules
 from .torch_rules import has_memory, local_part
@@ -26,6 +23,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("torch is not installed; pip install 'gpuconst[torch]'", name="torch") from error
 
+from .torch_memory import HostTensor, host_tensors
 from .torch_weights import Computed, computed_weights, refresh
 
 __all__ = ["materialize_"]
@@ -96,7 +94,8 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
     ordered = Rules(rules)
     with torch.no_grad():
         _reshard(module)
-        tensors, weights = _survey(module)
+        parts = list(module.named_modules(remove_duplicate=False))
+        tensors, weights = _survey(parts)
         _choose(ordered, tensors, weights)
         _check_tensors(tensors)
         homes = _Homes(device)
@@ -104,25 +103,25 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
             tensor.check(homes.given)
         originals = [weight.originals(homes) for weight in weights if weight.rule is not None]
 
-        for tensor in tensors:
-            tensor.make(homes)
+        unfilled = _make([tensor for tensor in tensors if not tensor.has_memory], homes)
+        unfilled += [tensor for tensor in tensors if tensor.has_memory and tensor.element is not None]
         for tensor in tensors:
             if tensor.rule is not None and callable(tensor.value):
                 _initialise(tensor.value, tensor.made, tensor.said)
-        constant = [tensor for tensor in tensors if tensor.rule is not None and not callable(tensor.value)]
-        fill_many([tensor.made for tensor in constant], [tensor.value for tensor in constant])
+        if unfilled:
+            fill_many([tensor.made for tensor in unfilled], [tensor.element for tensor in unfilled])
         for tensor, values in itertools.chain.from_iterable(originals):
             tensor.made.copy_(values)
         for tensor in tensors:
             tensor.install()
-    for part in module.modules():
+    for part in dict.fromkeys(part for _, part in parts):
         refresh(part)
         if isinstance(part, torch.nn.RNNBase):
             part.flatten_parameters()
     _log.debug(
         "materialized %d tensors, %d of them with constants; took %.6f s",
         len(tensors),
-        len(constant),
+        sum(tensor.element is not None for tensor in tensors),
         time.perf_counter() - start,
     )
     return module
@@ -151,11 +150,15 @@ class _Named:
         self.names: list[str] = []
         self.rule: int | None = None
         self.value: Any = None
-        self.said = ""  # which tensor and rule it is, for messages
+        self._glob = ""
 
     def follow(self, rules: Rules, rule: int) -> None:
-        self.rule, self.value = rule, rules.values[rule]
-        self.said = f"{self.names[0]!r}, by the rule {rules.globs[rule]!r}"
+        self.rule, self.value, self._glob = rule, rules.values[rule], rules.globs[rule]
+
+    @property
+    def said(self) -> str:
+        """Which tensor and rule it is, for messages."""
+        return f"{self.names[0]!r}, by the rule {self._glob!r}"
 
 
 class _Tensor(_Named):
@@ -167,6 +170,7 @@ class _Tensor(_Named):
         self.slots: list[tuple[torch.nn.Module, str]] = []
         self.has_memory = has_memory(tensor)
         self.covered = False  # by the rule of a weight that is computed from it
+        self.element: bytes | None = None  # of a constant
 
     def check(self, device: torch.device | None) -> None:
         """Raise what filling it would, and where it is not on the device that was given."""
@@ -176,16 +180,14 @@ class _Tensor(_Named):
                 "was given; move it there with module.to(), or drop device to fill it in place"
             )
         if self.rule is not None and not callable(self.value):
-            with _said(self.said):
-                encode(self.value, resolve_dtype(self.tensor.dtype))
+            with _Said(self):
+                self.element = encode(self.value, resolve_dtype(self.tensor.dtype))
                 if self.has_memory:
                     writable_view(self.tensor)
 
-    def make(self, homes: _Homes) -> None:
-        if self.has_memory:
-            return
+    def take(self, new: torch.Tensor) -> None:
+        """Have memory, which becomes what the tensor was."""
         old = self.tensor
-        new = _empty_like(old, homes.of(old))
         if type(old) is torch.Tensor or _is_dtensor(old):
             new.requires_grad_(old.requires_grad)
         else:
@@ -212,7 +214,7 @@ class _Weight(_Named):
         names = ", ".join(repr(tensor.names[0]) for tensor in self.tensors)
         first = self.tensors[0]
         where = first.tensor.device if first.has_memory else homes.of(first.tensor)
-        with _said(self.said, f"; set {names} by rules of their own"):
+        with _Said(self, f"; set {names} by rules of their own"):
             if any(_is_dtensor(tensor.tensor) for tensor in self.tensors):
                 raise ValueError("a sharded weight is not set through its originals")
             weight = torch.empty_like(self.computed.outline(), device=where)
@@ -223,19 +225,24 @@ class _Weight(_Named):
             return list(zip(self.tensors, self.computed.originals_of(weight), strict=True))
 
 
-@contextlib.contextmanager
-def _said(said: str, way_out: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise type(error)(f"{said}: {error}{way_out}") from error
+class _Said:
+    """Has errors say what they are about; a class, for a generator would cost more than what it is put around."""
+
+    def __init__(self, named: _Named, way_out: str = "") -> None:
+        self._named, self._way_out = named, way_out
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, TypeError | ValueError | OverflowError | RuntimeError):
+            raise type(error)(f"{self._named.said}: {error}{self._way_out}") from error
 
 
-def _survey(module: torch.nn.Module) -> tuple[list[_Tensor], list[_Weight]]:
+def _survey(parts: Sequence[tuple[str, torch.nn.Module]]) -> tuple[list[_Tensor], list[_Weight]]:
     """Return the tensors of a module, and the weights that it computes, each once and with all its names."""
     tensors: dict[int, _Tensor] = {}
     weights: dict[tuple[int, str], _Weight] = {}
-    parts = list(module.named_modules(remove_duplicate=False))
     for prefix, owner in parts:
         for name, tensor in itertools.chain(owner._parameters.items(), owner._buffers.items()):
             if tensor is not None:
@@ -301,19 +308,33 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
             )
 
 
-def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor that owns its memory; on the CPU gpuconst's, whose huge pages halve the first touch."""
-    plain = device.type == "cpu" and not _is_dtensor(tensor) and tensor.is_contiguous()
+def _make(tensors: Sequence[_Tensor], homes: _Homes) -> list[_Tensor]:
+    """Give tensors memory, on the CPU with their values; return the constants that are still without."""
+    unfilled: list[_Tensor] = []
+    hosted: list[_Tensor] = []
+    specs: list[HostTensor] = []
+    for found in tensors:
+        old, home = found.tensor, homes.of(found.tensor)
+        row = _row(old) if home.type == "cpu" else None
+        if row is None:
+            found.take(torch.empty_like(old, device=home))
+            unfilled += [found] if found.element is not None else []
+        else:
+            hosted.append(found)
+            specs.append(HostTensor(tuple(old.shape), old.dtype, row, found.element))
+    for found, new in zip(hosted, host_tensors(specs), strict=True):
+        found.take(new)
+    return unfilled
+
+
+def _row(tensor: torch.Tensor) -> DType | None:
+    """Return the dtype of a tensor that is one plain stretch of memory."""
+    if _is_dtensor(tensor) or not tensor.is_contiguous():
+        return None
     try:
-        dtype = resolve_dtype(tensor.dtype)
+        return resolve_dtype(tensor.dtype)
     except TypeError:  # a function may know what to do with it
-        plain = False
-    if not plain:
-        return torch.empty_like(tensor, device=device)
-    shape, place = tuple(tensor.shape), select("cpu")
-    carrier, address = place.module.allocate(shape, dtype.carrier, place.ordinal, 0)
-    made: torch.Tensor = Array(carrier, address, shape, dtype, place, 0).to_torch()
-    return made
+        return None
 
 
 def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, said: str) -> None:

@@ -83,7 +83,7 @@ class Computed(NamedTuple):
 
 def computed_weights(owner: torch.nn.Module) -> Iterator[Computed]:
     """Return the weights that a module, its children aside, computes from others."""
-    if is_parametrized(owner):
+    if "parametrizations" in owner._modules and is_parametrized(owner):
         for name, parametrizations in owner.parametrizations.items():  # type: ignore[union-attr, operator]
             yield _parametrized(name, parametrizations)
     for hook in _weight_norms(owner):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
+from gpuconst import OutOfMemoryError
 from gpuconst.torch import materialize_
 
 
@@ -220,6 +222,27 @@ def test_a_tied_buffer_stays_tied() -> None:
 
 
 # Each parameter owns its storage.
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_large_parameters_are_filled_by_two_threads_and_small_ones_beside_them(name: str) -> None:
+    dtype = getattr(torch, name)
+    model = on_meta(lambda: nn.Sequential(*[nn.Linear(1024, 1024 + i, dtype=dtype) for i in range(24)]))
+    rules = {f"{i}.weight": float(i) for i in range(24)} | {"3.bias": partial(nn.init.constant_, val=0.5), "*": 0.25}
+    materialize_(model, rules)
+    for i, part in enumerate(model):
+        assert (part.weight == i).all()
+        assert (part.bias == (0.5 if i == 3 else 0.25)).all()
+    addresses = sorted((p.data_ptr(), p.nbytes) for p in model.parameters())
+    assert all(start + nbytes <= then for (start, nbytes), (then, _) in itertools.pairwise(addresses))
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+
+
+def test_too_large_a_module_stays_on_the_meta_device() -> None:
+    model = on_meta(lambda: nn.Sequential(*[nn.Linear(1 << 23, 1 << 23) for _ in range(4)]))
+    with pytest.raises(OutOfMemoryError, match="the host has no 281,474,976,710,656 bytes left"):
+        materialize_(model, {"*": 0.5})
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.fixture
