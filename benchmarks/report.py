@@ -2,7 +2,7 @@
 
 A text has a place for a table between ``<!-- results:FILE/NAME -->`` and ``<!-- /results -->``, where FILE
 is the stem of a file in ``benchmarks/results/`` and NAME a case, ``header`` or ``summary``. The place
-stays empty as long as there is no such file.
+stays empty as long as there is no such file, or only one of a run from before there was the case.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks import cases
 from benchmarks.results import read
 from benchmarks.table import case_table, header, summary_table
 from benchmarks.trees import ROOT
@@ -28,7 +29,7 @@ def rendered(text: str, folder: Path) -> str:
     Raises
     ------
     KeyError
-        If a place names a case that the results do not have.
+        If a place names a case that there is not.
     """
 
     def table(place: re.Match[str]) -> str:
@@ -37,6 +38,8 @@ def rendered(text: str, folder: Path) -> str:
         if not path.exists():
             return start + end
         results = read(path)
+        if name in (*cases.CPU, *cases.GPU) and name not in results.cases:
+            return start + end
         whole = _WHOLE_RUN.get(name)
         return f"{start}\n{whole(results) if whole else case_table(results.cases[name])}\n\n{end}"
 

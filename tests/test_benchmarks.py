@@ -168,6 +168,8 @@ def test_report_fills_its_places(results: Results, tmp_path: Path) -> None:
     assert filled.startswith("Before\n")
     assert filled.endswith("\nAfter\n")
     assert report.rendered(filled, tmp_path) == filled
+    of_a_later_case = empty.replace("creation", "fill")
+    assert report.rendered(of_a_later_case, tmp_path) == of_a_later_case
     with pytest.raises(KeyError):
         report.rendered(empty.replace("creation", "no_such_case"), tmp_path)
 

@@ -10,7 +10,7 @@ from benchmarks.cases.peers import GIB, ITEMSIZE, KIB, MIB, check_filled
 from benchmarks.contest import VALUE, Case, Contender, Row
 from benchmarks.table import size
 
-_SIZES = [4, 4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB]
+_SIZES = [4, KIB, 4 * KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB, GIB]
 _QUICK_SIZES = [4, MIB]
 _POISON = -7.0
 
@@ -59,12 +59,19 @@ def _torch(nbytes: int) -> Callable[[], Any]:
     return functools.partial(torch.from_numpy(_poisoned(nbytes)).fill_, VALUE)
 
 
+def _torch_init(nbytes: int) -> Callable[[], Any]:
+    import torch
+
+    return functools.partial(torch.nn.init.constant_, torch.from_numpy(_poisoned(nbytes)), VALUE)
+
+
 _CONTENDERS = [
     Contender("fill(ndarray)", _gpuconst, ours=True),
     Contender("fill(tensor)", _gpuconst_torch, ours=True),
     Contender("ndarray.fill", _numpy),
     Contender("Tensor.fill_, 1 thread", _torch, threads=1),
     Contender("Tensor.fill_, 2 threads", _torch, threads=2),
+    Contender("torch.nn.init.constant_, 2 threads", _torch_init, threads=2),
 ]
 
 

@@ -19,7 +19,7 @@ _QUICK_SIZES = {64 * KIB: 64, 4 * MIB: 2}
 _kept: list[Any] = []
 
 
-def _keeping(contender: Contender) -> Contender:
+def keeping(contender: Contender) -> Contender:
     """Return a contender that makes many arrays, keeps them, and returns the seconds that one took."""
 
     def make(nbytes: int, count: int) -> Callable[[], float]:
@@ -42,7 +42,7 @@ def _keeping(contender: Contender) -> Contender:
 
 
 _CONTENDERS = [
-    _keeping(each)
+    keeping(each)
     for each in (peers.GPUCONST, peers.NUMPY, peers.TORCH, peers.TORCH_THREADS, peers.JAX, peers.TENSORFLOW)
 ]
 #: Without TensorFlow, whose import takes as long as all else.
