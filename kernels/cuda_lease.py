@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,21 +27,22 @@ class Lease:
         Handle of the stream that the memory was allocated on.
     """
 
-    __slots__ = ("_index", "_memory", "_order", "_stream", "_users")
+    __slots__ = ("_index", "_memory", "_stream", "_users")
 
     def __init__(self, memory: Any, index: int, stream: int) -> None:
         self._memory = memory
         self._index = index
         self._stream = stream
         self._users: set[int] = set()
-        self._order: Callable[[int, int, int], None] = cuda_driver.order  # still there when the interpreter ends
 
     def hand_over(self, first: int, then: int) -> None:
         """Make stream `then` wait for stream `first`, and the memory for `then`."""
-        self._order(first, then, self._index)
+        cuda_driver.order(first, then, self._index)
         self._users.add(then)
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if finalizing():  # nobody gets the memory next, and consumers' streams are gone
+            return
         for stream in self._users:
             with contextlib.suppress(Exception):  # the context is gone, and what ran in it
-                self._order(stream, self._stream, self._index)
+                cuda_driver.order(stream, self._stream, self._index)
