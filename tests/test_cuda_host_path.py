@@ -482,18 +482,6 @@ def test_memory_is_given_back_although_a_stream_that_used_it_is_gone() -> None:
     assert current_context() == 0
 
 
-def test_a_process_that_ends_waits_for_nobody(run_python: Callable[..., str]) -> None:
-    settings = environment(ENDS="yes")
-    code = """
-    import gpuconst
-    array = gpuconst.full(10, 1.0, device="cuda")
-    capsule = array.__dlpack__(stream=2, max_version=(1, 1))
-    """
-    run_python(code, **settings)
-    log = Path(settings["STANDIN_LOG"]).read_text()
-    assert log.count("cuEventRecord ") == 1  # for the capsule, and none when the stream may be gone
-
-
 @on_standin()
 def test_to_numpy_copies_in_stream_order_and_waits() -> None:
     stream = new_stream()
