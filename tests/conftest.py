@@ -1,6 +1,5 @@
 """What all tests share."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 
 import pytest
+from installed import require
 
 from gpuconst.kernels.cuda_driver import driver
 
@@ -15,9 +15,9 @@ from gpuconst.kernels.cuda_driver import driver
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (why_not := driver().why_not):
         pytest.skip(f"no GPU: {why_not}")
-    for package in (name for marker in item.iter_markers("needs") for name in marker.args):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+    for marker in item.iter_markers("needs"):
+        for package in marker.args:
+            require(package)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib
-import importlib.util
 import os
 import threading
 from collections.abc import Callable
@@ -18,13 +17,9 @@ from gpuconst.kernels.runs import BLOCK, CHUNK, LANES, THREADS, TILE
 KERNELS = ["fill_run", "fill_runs", "fill_strided32", "fill_strided64"]
 
 
-def _needs(package: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-
-
-needs_numba = _needs("numba_cuda")
+needs_cupy, needs_numba = pytest.mark.needs("cupy"), pytest.mark.needs("numba_cuda")
 backends = pytest.mark.parametrize(
-    "backend", [pytest.param("cupy_cuda", marks=_needs("cupy")), pytest.param("numba_cuda", marks=needs_numba)]
+    "backend", [pytest.param("cupy_cuda", marks=needs_cupy), pytest.param("numba_cuda", marks=needs_numba)]
 )
 
 
@@ -104,7 +99,7 @@ def test_kernels_are_lean(backend: str, arch: str, kernel: str) -> None:
 
 
 @pytest.mark.usefixtures("disassembler")
-@_needs("cupy")
+@needs_cupy
 def test_reading_notices_local_memory_narrow_and_generic_stores() -> None:
     from cupy.cuda import compiler
 

@@ -27,7 +27,7 @@ from gpuconst.backends import select
 from gpuconst.kernels import runs
 from gpuconst.kernels.runs import BLOCK, CHUNK
 
-pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+pytestmark = pytest.mark.needs("numba_cuda")
 
 MIB = 1 << 20
 
@@ -550,9 +550,8 @@ def test_only_what_is_prepared_can_be_captured() -> None:
 @on_standin(CAPTURE="first")
 def test_capture_may_be_the_first_use() -> None:
     stream = new_stream()
-    with captured(stream):
-        with pytest.raises(RuntimeError, match="graph is being captured"):
-            gpuconst.full(10, 1.0, device="cuda", stream=stream)
+    with captured(stream), pytest.raises(RuntimeError, match="graph is being captured"):
+        gpuconst.full(10, 1.0, device="cuda", stream=stream)
 
 
 @on_standin(CAPTURE="kernels")

@@ -17,7 +17,7 @@ from test_cuda_host_path import MIB, Foreign, launches, new_stream
 import gpuconst
 from gpuconst.dtypes import DTYPES
 
-cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+cupy = pytest.importorskip("cupy", reason="cupy is not installed")
 
 on_cupy = on_standin(GPUCONST_BACKEND="cupy", STANDIN_RUNTIME=1)
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from installed import require
 from kernel_checks import Kernels, compiled
 from many import Entry, cases, filled, noise
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -486,6 +487,7 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture(params=["cupy", "numba"], scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
+    require({"cupy": "cupy", "numba": "numba_cuda"}[request.param])
     return compiled(request.param, "sm_90")
 
 

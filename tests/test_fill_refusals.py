@@ -87,6 +87,7 @@ def test_a_traced_jax_array_has_no_memory() -> None:
         jax.jit(lambda x: gpuconst.fill(x, 0))(jnp.ones(3))
 
 
+@pytest.mark.needs("tensorflow")
 def test_tensorflow_tensors_are_immutable() -> None:
     import tensorflow as tf
 
@@ -102,6 +103,7 @@ def test_tensorflow_tensors_are_immutable() -> None:
         gpuconst.fill(tf.ragged.constant([[1], [2, 3]]), 0)
 
 
+@pytest.mark.needs("tensorflow")
 def test_a_symbolic_tensorflow_tensor_has_no_memory() -> None:
     import tensorflow as tf
 
@@ -113,6 +115,7 @@ def test_a_symbolic_tensorflow_tensor_has_no_memory() -> None:
         traced(tf.ones(3))
 
 
+@pytest.mark.needs("keras")
 def test_keras_variables_are_sent_to_assign(run_python: Callable[..., str]) -> None:
     code = """
         import keras, gpuconst

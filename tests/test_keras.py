@@ -113,6 +113,7 @@ def _text(element: ElementTree.Element) -> str:
     return element.get("message", "") if element.tag == "skipped" else element.text or ""
 
 
+@pytest.mark.needs("keras")
 @pytest.mark.parametrize(("process", "case"), ALL, ids=[f"{process}-{case}" for process, case in ALL])
 def test_keras(process: str, case: str, outcomes: Callable[[str], Outcomes]) -> None:
     if importlib.util.find_spec(PROCESSES[process].backend) is None:

@@ -11,8 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from installed import each
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from Linux's /proc"),
+    pytest.mark.needs("keras"),
+]
 
 MIB = 1 << 20
 
@@ -84,7 +88,7 @@ def _peaks(run_python: Callable[..., str], code: str, **environment: str) -> Any
     return json.loads(run_python(PEAK + code, **environment).splitlines()[-1])
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+@pytest.mark.parametrize("backend", each("tensorflow", "jax", "torch"))
 def test_peak_of_a_large_weight(backend: str, run_python: Callable[..., str]) -> None:
     found = _peaks(run_python, ONE_DEVICE, KERAS_BACKEND=backend)
     assert 0.95 < found["ours"] / (512 * MIB) < 1.1

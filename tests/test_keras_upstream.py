@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from installed import each
 
 UPSTREAM = "src/initializers/constant_initializers_test.py"
 
@@ -27,7 +28,8 @@ def skip_if_backend(name, reason):
 """
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+@pytest.mark.needs("keras")
+@pytest.mark.parametrize("backend", each("tensorflow", "jax", "torch"))
 def test_upstream(backend: str, tmp_path: Path) -> None:
     spec = importlib.util.find_spec("keras")
     assert spec is not None

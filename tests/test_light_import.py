@@ -75,6 +75,7 @@ def test_the_check_sees_the_driver(run_python: Callable[..., str]) -> None:
     assert libraries
 
 
+@pytest.mark.needs("keras")
 def test_every_public_name_is_there_and_listed_in_order() -> None:
     assert gpuconst.__all__ == sorted(gpuconst.__all__)
     assert len(set(gpuconst.__all__)) == len(gpuconst.__all__)
@@ -115,6 +116,7 @@ def test_without_keras_its_names_say_what_to_install(name: str, run_python: Call
     assert "gpuconst.full" in message
 
 
+@pytest.mark.needs("keras")
 def test_keras_names_are_those_of_the_adapter(run_python: Callable[..., str]) -> None:
     code = """
         import sys, gpuconst

@@ -17,9 +17,8 @@ from pathlib import Path
 import pytest
 from cuda_standin import environment
 
-pathfinder = pytest.importorskip("cuda.pathfinder", reason="numba-cuda is not installed")
-numba_cuda = pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
-pytest.importorskip("cupy", reason="CuPy is not installed")
+pathfinder = pytest.importorskip("cuda.pathfinder", reason="cuda-pathfinder is not installed")
+pytestmark = pytest.mark.needs("cupy", "numba_cuda")
 
 #: What the loader is asked for, by library.
 FILES = {
@@ -35,7 +34,7 @@ def why_not_without(missing: str, folder: Path) -> dict[str, str | None]:
     """Return why each backend is not usable, by `gpuconst info`, where there is a GPU but not one of the libraries."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    installed = Path(numba_cuda.__file__).parents[1]
+    installed = Path(pathfinder.__file__).parents[2]
     for entry in installed.iterdir():
         if entry.name != "nvidia":
             (site / entry.name).symlink_to(entry)
@@ -57,7 +56,7 @@ def why_not_without(missing: str, folder: Path) -> dict[str, str | None]:
     for name in ("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"):
         variables.pop(name, None)
     variables["LD_LIBRARY_PATH"] = f"{libraries}{os.pathsep}{variables['LD_LIBRARY_PATH']}"
-    command = [folder / "bin" / "python", "-P", "-m", "gpuconst", "info", "--json"]
+    command = [str(folder / "bin" / "python"), "-P", "-m", "gpuconst", "info", "--json"]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found_info = json.loads(done.stdout)

@@ -114,9 +114,9 @@ def test_broken_cupy_kernel_is_caught(mutant: Mutant, monkeypatch: pytest.Monkey
     check_caught(mutant, Kernels({**modules, **cupy_cuda.compile_ptx(ARCH)}, elementwise=True))
 
 
+@pytest.mark.needs("numba_cuda")
 @pytest.mark.parametrize("mutant", NUMBA, ids=named)
 def test_broken_numba_kernel_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba_cuda")
     from gpuconst.kernels import numba_kernels
 
     modules = kernel_checks.modules("numba", ARCH)

@@ -11,7 +11,7 @@ import pytest
 from gpuconst.kernels import runs
 from gpuconst.kernels.runs import BLOCK, CHUNK, THREADS, Launch, Region
 
-pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+pytestmark = pytest.mark.needs("numba_cuda")
 
 ITEMSIZES = (1, 2, 4, 8, 16)
 OFFSETS = range(17)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 import ptx
 import pytest
+from installed import require
 from kernel_checks import (
     GUARD,
     ITEMSIZES,
@@ -32,7 +33,7 @@ BASE = 1 << 42
 
 @pytest.fixture(params=["cupy", "numba"], scope="module")
 def backend(request: pytest.FixtureRequest) -> str:
-    pytest.importorskip({"cupy": "cupy", "numba": "numba_cuda"}[request.param])
+    require({"cupy": "cupy", "numba": "numba_cuda"}[request.param])
     return str(request.param)
 
 

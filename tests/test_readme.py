@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -14,6 +16,7 @@ def _blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.needs("torch", "jax")
 def test_first_example_prints_what_is_shown() -> None:
     code, shown = _blocks("python")[0], _blocks("text")[0]
     run = subprocess.run(
@@ -41,6 +44,7 @@ def test_linked_files_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+@pytest.mark.needs("torch", "jax", "tensorflow")
 def test_the_support_table_is_what_is_found() -> None:
     command = [sys.executable, "-m", "benchmarks.support"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})

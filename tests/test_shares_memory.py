@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import tvm_ffi
 from hypothesis import given
 from hypothesis import strategies as st
 from lying_capsules import DLPackOnly
@@ -25,7 +24,7 @@ ACROSS: dict[str, Callable[[gpuconst.Array], Any]] = {
     "torch view": lambda x: x.to_torch()[1:, ::2],
     "torch parameter": lambda x: torch.nn.Parameter(x.to_torch()),
     "JAX": lambda x: x.to_jax(),
-    "tvm_ffi": tvm_ffi.from_dlpack,
+    "tvm_ffi": lambda x: pytest.importorskip("tvm_ffi").from_dlpack(x),
     "DLPack": DLPackOnly,
     "memoryview": lambda x: x.to_numpy().data,
     "array interface": lambda x: SimpleNamespace(__array_interface__=x.to_numpy().__array_interface__),
@@ -40,6 +39,7 @@ def test_libraries_that_share_memory(first: str, second: str) -> None:
     assert gpuconst.shares_memory(ACROSS[first](x), ACROSS[second](y)) is False
 
 
+@pytest.mark.needs("tensorflow")
 def test_tensorflow() -> None:
     import tensorflow as tf
 
