@@ -263,8 +263,8 @@ def test_gpu_check_sees_what_is_missed_and_what_is_touched_beside() -> None:
     def too_long(tensor: torch.Tensor, value: float) -> Callable[[], Any]:
         return lambda: tensor.as_strided((17,), (1,)).fill_(value)
 
-    for filler in (too_short, too_long):
-        with pytest.raises(AssertionError, match="missed, or a byte beside"):
+    for filler, message in ((too_short, "an element was missed"), (too_long, "a byte beside them was written")):
+        with pytest.raises(AssertionError, match=message):
             memory.check(filler)
 
 

@@ -61,7 +61,7 @@ def _foreach_copy(tensors: list[Any], each: list[float]) -> Callable[[], Any]:
 
 
 def _graphed(maker: Maker) -> Maker:
-    """Return what captures a contender's launches once, and replays them."""
+    """Return what captures a contender's launches once, and replays them; a graph holds nothing of what it uses."""
 
     def make(tensors: list[Any], each: list[float]) -> Callable[[], Any]:
         torch = torch_cuda()
@@ -71,8 +71,7 @@ def _graphed(maker: Maker) -> Maker:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        replay: Callable[[], Any] = graph.replay
-        return replay
+        return lambda: (graph.replay(), run, tensors)
 
     return make
 
