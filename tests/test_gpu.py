@@ -7,6 +7,7 @@ Where there is no GPU each of these is skipped with the driver's reason; the ker
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from installed import require
 
 import gpuconst
 from gpuconst import backends
@@ -282,8 +284,8 @@ def test_streams_of_every_library(backend: str, torch: Any, kind: str) -> None:
         device.set_current()
         stream = device.create_stream()
     else:
-        numba = pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
-        stream = numba.stream()
+        require("numba_cuda")
+        stream = importlib.import_module("numba.cuda").stream()
     made = gpuconst.full(1000, 3.0, device="cuda", stream=stream)
     gpuconst.fill(made, 4.0, stream=stream)
     assert (made.to_numpy() == 4.0).all()
