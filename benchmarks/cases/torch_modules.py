@@ -101,4 +101,4 @@ def rows(quick: bool) -> list[Row]:
     ]
 
 
-CASE = Case("A torch module from the meta device, in a fresh process", rows, fresh=True, rounds=9)
+CASE = Case("A torch module from the meta device, in a fresh process", rows, fresh=True, rounds=7)
