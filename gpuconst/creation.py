@@ -46,7 +46,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
         CPU otherwise; `Array.device` says which, and `info` why.
     stream : optional
         The CUDA stream to fill on: an int handle, a stream of CuPy, torch, Numba or cuda.core, or
-        anything with ``__cuda_stream__``. By default the backend's current one.
+        anything with ``__cuda_stream__``. By default the legacy default stream.
 
     Returns
     -------

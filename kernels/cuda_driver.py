@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,10 @@ _PARAMETERS = {
     "cuEventRecord": [_HANDLE, _HANDLE],
     "cuEventQuery": [_HANDLE],
     "cuEventDestroy_v2": [_HANDLE],
+    "cuLaunchKernel": [_HANDLE, *[ctypes.c_uint] * 7, _HANDLE, _HANDLE, _HANDLE],
 }
+#: Words that a launch can pass.
+MOST_PARAMETERS = 16
 _DISABLE_TIMING = 2
 _CAPTURE_RELAXED = 2
 _CAPTURE_IMPLICIT = 906  # the legacy default stream, while another stream is captured
@@ -246,6 +249,46 @@ def primary_context(index: int) -> _PrimaryContext:
     The caller's current device is what it was when the `with` block ends.
     """
     return _PrimaryContext(index)
+
+
+class _Parameters:
+    """A kernel's parameters as `cuLaunchKernel` takes them: words, and where each of them is."""
+
+    __slots__ = ("pointers", "words")
+
+    def __init__(self) -> None:
+        self.words: Any = (ctypes.c_uint64 * MOST_PARAMETERS)()
+        start = ctypes.addressof(self.words)
+        self.pointers = (ctypes.c_void_p * MOST_PARAMETERS)(*range(start, start + ctypes.sizeof(self.words), 8))
+
+
+# Making them costs as much as the launch. Never more of them than launches at once.
+_parameters: list[_Parameters] = []
+
+
+def launch(function: int, grid: int, block: int, arguments: Sequence[int], index: int, stream: int) -> None:
+    """Launch a kernel.
+
+    Parameters
+    ----------
+    function : int
+        Its handle, a ``CUfunction`` of device `index`.
+    grid, block : int
+        CTAs, and threads in each.
+    arguments : sequence of int
+        Words of 64 bits, at most `MOST_PARAMETERS`. A parameter of several is passed by the first of them.
+    index, stream : int
+        Of the device; handle of the stream.
+    """
+    try:
+        parameters = _parameters.pop()
+    except IndexError:
+        parameters = _Parameters()
+    parameters.words[: len(arguments)] = arguments
+    with primary_context(index):
+        status = _library().cuLaunchKernel(function, grid, 1, 1, block, 1, 1, 0, stream, parameters.pointers, None)
+    _parameters.append(parameters)
+    _check(status)
 
 
 def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None:

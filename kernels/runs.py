@@ -8,6 +8,7 @@ stores them at any 16-byte boundary without rotating, and one tile serves all st
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -102,9 +103,13 @@ def tile(address: int, element: bytes) -> tuple[int, int]:
     low, high : int
         Its first and last eight bytes as little-endian integers.
     """
-    repeated = element * (2 * TILE // len(element))
-    start = -address % len(element)
-    phased = repeated[start : start + TILE]
+    return _phased(element, -address % len(element))
+
+
+@functools.lru_cache(maxsize=256)
+def _phased(element: bytes, start: int) -> tuple[int, int]:
+    """Return the tile that begins with the byte at `start` of an element."""
+    phased = (element * (2 * TILE // len(element)))[start : start + TILE]
     return int.from_bytes(phased[:8], "little"), int.from_bytes(phased[8:], "little")
 
 
