@@ -35,7 +35,24 @@ def capturable(start: Start) -> Start:
 
 
 def fill(regions: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start) -> None:
-    """Fill regions that do not intersect, once; see `prepare`."""
+    """Fill regions of device memory that do not intersect, in stream order.
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        What to fill. The caller vouches for the addresses and keeps the memory alive.
+    index, stream : int
+        Of the device; handle of the stream.
+    allocate, start : callable
+        The backend's.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If there is no memory for the table that several regions need.
+    RuntimeError
+        If a table is needed while a CUDA graph is being captured.
+    """
     only = stretch(regions[0]) if len(regions) == 1 else None
     if only is not None:
         start(run_launch(*only), index, stream)

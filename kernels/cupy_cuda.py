@@ -179,22 +179,7 @@ def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: in
 
 
 def fill(regions: Sequence[Region], index: int, stream: int) -> None:
-    """Fill regions of device memory that do not intersect, in stream order.
-
-    Parameters
-    ----------
-    regions : sequence of Region
-        What to fill. The caller vouches for the addresses and keeps the memory alive.
-    index, stream : int
-        Of the device; handle of the stream.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If there is no memory for the table that several regions need.
-    RuntimeError
-        If a table is needed while a CUDA graph is being captured.
-    """
+    """Fill regions of device memory, in stream order; see `cuda_fill.fill`."""
     cuda_fill.fill(regions, index, stream, allocate, _launch)
 
 
