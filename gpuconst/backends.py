@@ -53,7 +53,7 @@ class Backend(Protocol):
         """Allocate and fill."""
 
     def fill(self, regions: Sequence[Region], index: int, stream: int) -> None:
-        """Fill memory in place; regions that intersect are filled in their order."""
+        """Fill memory in place, regions of which none intersects another."""
 
     def prepare(self, runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
         """Return what fills many runs in one launch, on the stream it is called with, again and again."""
