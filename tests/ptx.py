@@ -293,7 +293,7 @@ class _Run:
         base, _, offset = address[1:-1].partition("+")
         # A scalar address would not be indexed by lane, nor wrap.
         addresses = np.atleast_1d(self._read(base, _TYPES["u64"], lanes)) + np.array([int(offset or 0)]).astype("u8")
-        group = registers.strip("{}").replace(" ", "").split(",")
+        group = _group(registers)
         places = self._memory.locate(addresses, dtype.itemsize * len(group)) // np.uint64(dtype.itemsize)
         view = self._memory.data.view(dtype)
         for k, register in enumerate(group):
@@ -307,6 +307,10 @@ class _Run:
     def _read(self, operand: str, dtype: np.dtype[Any], lanes: Lanes) -> Array:
         if operand.startswith("!"):
             return ~self._read(operand[1:], dtype, lanes)
+        if operand.startswith("{"):
+            parts = [self._read(register, dtype, lanes) for register in _group(operand)]
+            whole: Array = sum(part << shift for part, shift in zip(parts, _shifts(dtype, parts), strict=True))
+            return whole
         if not operand.startswith("%"):
             bits = int(operand, 0) & ((1 << 8 * dtype.itemsize) - 1)
             return np.array([bits], f"u{dtype.itemsize}").view(dtype)
@@ -315,9 +319,23 @@ class _Run:
         return values.astype(f"u{dtype.itemsize}", copy=False).view(dtype)
 
     def _write(self, register: str, values: Array, lanes: Lanes) -> None:
+        if register.startswith("{"):
+            group = _group(register)
+            for part, shift in zip(group, _shifts(values.dtype, group), strict=True):
+                self._write(part, values >> shift, lanes)
+            return
         if register not in self._registers:
             self._registers[register] = np.zeros(len(self._block), self._kernel.types[register.rstrip("0123456789")])
         self._registers[register][lanes] = values  # wraps, and extends the sign of a signed value
+
+
+def _group(registers: str) -> list[str]:
+    return registers.strip("{}").replace(" ", "").split(",")
+
+
+def _shifts(dtype: np.dtype[Any], parts: Sequence[Any]) -> Array:
+    """Return by how many bits each of equal parts lies above the first."""
+    return np.arange(len(parts), dtype=dtype) * dtype.type(8 * dtype.itemsize // len(parts))
 
 
 def _double(dtype: np.dtype[Any]) -> np.dtype[Any]:
