@@ -335,7 +335,7 @@ def _group(registers: str) -> list[str]:
 
 def _shifts(dtype: np.dtype[Any], parts: Sequence[Any]) -> Array:
     """Return by how many bits each of equal parts lies above the first."""
-    return np.arange(0, 8 * dtype.itemsize, 8 * dtype.itemsize // len(parts), dtype)
+    return np.arange(0, 8 * dtype.itemsize, 8 * dtype.itemsize // len(parts)).astype(dtype)
 
 
 def _double(dtype: np.dtype[Any]) -> np.dtype[Any]:
