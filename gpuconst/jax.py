@@ -101,12 +101,11 @@ class constant:
         row = None
         if _is_scalar(self.value):
             row = _row(asked)
-            device = _cpu_device() if row is not None and out_sharding is None and _is_plain(shape) else None
+            device = cpu_device() if row is not None and out_sharding is None and _is_plain(shape) else None
             if row is not None and device is not None:
-                device.memory_stats()  # JAX lets go of memory that it does not own when it is called next
                 array = full(shape, self.value, dtype=row.name, device="cpu")
                 _log.debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
-                return _as_jax(array.to_numpy(), device)
+                return as_jax(array.to_numpy(), device)
             if row is not None:
                 encode(self.value, row)
             else:
@@ -172,16 +171,18 @@ def check_narrowed(value: Any, dtype: Any) -> None:
         ) from None
 
 
-def _cpu_device() -> jax.Device | None:
+def cpu_device() -> jax.Device | None:
     """Return the device on which JAX would make an array now, if it is a CPU and takes the array whole."""
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = jax.default_backend() if default is None else getattr(default, "platform", default)
     if platform != "cpu" or _trace_state() != _not_tracing or not jax.sharding.get_abstract_mesh().empty:
         return None
-    return default if isinstance(default, jax.Device) else jax.local_devices(backend="cpu")[0]
+    device = default if isinstance(default, jax.Device) else jax.local_devices(backend="cpu")[0]
+    device.memory_stats()  # JAX lets go of memory that it does not own when it is called next: before more is made
+    return device
 
 
-def _as_jax(array: np.ndarray, device: jax.Device) -> jax.Array:
+def as_jax(array: np.ndarray, device: jax.Device) -> jax.Array:
     """Return a JAX array of the same memory.
 
     Not through DLPack, which commits an array to its device; JAX's own are free.

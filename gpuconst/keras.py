@@ -263,19 +263,20 @@ def _tensorflow_device(name: str) -> str | None:
 def _make_jax(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     import jax
 
-    from .jax import check_narrowed
+    from .jax import as_jax, check_narrowed, cpu_device
 
+    device = cpu_device()
+    if device is not None:  # known without a probe, which would cost as much as the rest
+        kept = jax.dtypes.canonicalize_dtype(resolve_dtype(dtype).numpy)
+        if kept.name != dtype:
+            check_narrowed(value, dtype)
+        return as_jax(_filled(shape, value, kept, "cpu").to_numpy(), device)
     probe = keras.ops.zeros((), dtype=dtype)
     if probe.dtype.name != dtype:
         check_narrowed(value, dtype)
     if isinstance(probe, jax.core.Tracer) or len(probe.devices()) != 1:
         return None
     (device,) = probe.devices()
-    if device.platform == "cpu":
-        host = _filled(shape, value, probe.dtype, "cpu").to_numpy()
-        # Not through DLPack: that commits the array to its device, and Keras' own weights are free to
-        # be used with inputs that are sharded over several.
-        return jax.device_put(host)
     if device.platform != "gpu" or jax.device_count() > 1:
         return None
     return _filled(shape, value, probe.dtype, f"cuda:{device.local_hardware_id}").to_jax()
