@@ -225,7 +225,7 @@ class FillPlan:
         ----------
         stream : optional
             The CUDA stream to fill on, instead of the owners' current one; it may be under capture into
-            a graph.
+            a graph, and the plan must then live as long as the graph.
 
         Raises
         ------

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from .backends import select
 from .dtypes import DType
-from .kernels.host import TWO_THREADS
+from .kernels import host
 
 __all__ = ["HostTensor", "host_tensors"]
 
@@ -43,7 +42,7 @@ class HostTensor(NamedTuple):
 def host_tensors(specs: Sequence[HostTensor]) -> list[torch.Tensor]:
     """Return new tensors, each of which owns its memory: gpuconst's, whose huge pages halve the first touch.
 
-    Large ones that are many bytes together are filled by two threads, as a single array is.
+    Large ones are filled by two threads, as a single array is.
 
     Parameters
     ----------
@@ -55,26 +54,21 @@ def host_tensors(specs: Sequence[HostTensor]) -> list[torch.Tensor]:
     OutOfMemoryError
         If the host has no memory left.
     """
-    host = select("cpu").module
     carriers: list[Any] = [None] * len(specs)
 
-    def make(positions: Iterable[int]) -> None:
-        for position in positions:
-            shape, _, row, element = specs[position]
-            if element is None:
-                carriers[position], _ = host.allocate(shape, row.carrier, 0, 0)
-            else:
-                carriers[position], _ = host.full(shape, row.carrier, element, 0, 0)
+    def make(position: int) -> None:
+        shape, _, row, element = specs[position]
+        if element is None:
+            carriers[position], _ = host.allocate(shape, row.carrier, 0, 0)
+        else:
+            carriers[position], _ = host.full(shape, row.carrier, element, 0, 0)
 
     sizes = [0 if spec.element is None else math.prod(spec.shape) * spec.row.itemsize for spec in specs]
     large = [position for position, size in enumerate(sizes) if size >= LARGE]
-    if sum(sizes[position] for position in large) >= TWO_THREADS:
-        shared = iter(large)  # whichever thread is free takes the next
-        with ThreadPoolExecutor(1) as helper:
-            other = helper.submit(make, shared)
-            make(shared)
-            other.result()
-    make(position for position, carrier in enumerate(carriers) if carrier is None)
+    host.share([functools.partial(make, position) for position in large])
+    for position, carrier in enumerate(carriers):
+        if carrier is None:
+            make(position)
     return [
         torch.from_numpy(carrier) if spec.row.native else torch.from_numpy(carrier).view(spec.dtype)
         for carrier, spec in zip(carriers, specs, strict=True)

@@ -61,6 +61,10 @@ def _missing_compiler() -> str | None:
     except Exception as error:
         return f"CuPy's compiler NVRTC has no CUDA headers ({_first_line(error)}); {_INSTALL}"
     try:
+        _signature()  # of parts of CuPy that are nobody's but its own
+    except Exception as error:
+        return f"CuPy {cupy.__version__} makes elementwise kernels in another way ({_first_line(error)}); use CuPy 14"
+    try:
         cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
         return f"CuPy cannot use CUDA ({_first_line(error)}); {_INSTALL}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import itertools
@@ -21,8 +22,11 @@ from .runs import TILE, Region, normalised
 #: with memcpy, at twice the speed of its fill. Below, the calls that set it up cost more.
 ROW = 16 << 10
 BY_ROWS = 64 << 10
-#: From this many bytes on, two threads fill: first touch is then bound by the page faults of one core.
-TWO_THREADS = 32 << 20
+#: From this many bytes on, two threads fill: memory that has been touched before, and memory that has not,
+#: whose first touch is bound by the page faults of one core.
+TWO_THREADS, TWO_THREADS_TOUCH = 8 << 20, 4 << 20
+#: What a thread takes of it at a time, a huge page: one that gets no core, or late, leaves more to the other.
+PIECE = 2 << 20
 #: Runs of one length are scattered together from this many on; setting it up costs as much as so many fills.
 FEWEST_SCATTERED = 4
 
@@ -104,7 +108,7 @@ def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: in
     if nbytes < BY_ROWS:
         array[...] = _element(element, dtype)
     elif not zeroed or any(element):
-        _fill_bytes(buffer, offset, nbytes, element)
+        _fill_bytes(buffer, offset, nbytes, element, TWO_THREADS_TOUCH if zeroed else TWO_THREADS)
     return array, address
 
 
@@ -157,7 +161,7 @@ def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
 
 def _assign(array: np.ndarray, element: bytes) -> None:
     if array.nbytes >= BY_ROWS and array.flags.c_contiguous:
-        _fill_bytes(array, 0, array.nbytes, element)
+        _fill_bytes(array, 0, array.nbytes, element, TWO_THREADS)
     else:
         array[...] = _element(element, array.dtype)
 
@@ -227,19 +231,65 @@ def _as_region(run: tuple[int, ...]) -> Region:
     return Region(address, (count, nbytes // unit), (pitch, unit), element)
 
 
-def _fill_bytes(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
-    """Fill bytes of a buffer with a repeated element."""
-    if nbytes < TWO_THREADS or _cores() < 2:
+def _fill_bytes(buffer: Any, offset: int, nbytes: int, element: bytes, two_threads: int) -> None:
+    """Fill bytes of a buffer with a repeated element, from `two_threads` bytes on by two threads."""
+    if nbytes < two_threads:
         _copy_rows(buffer, offset, nbytes, element)
         return
-    middle = nbytes // 2 // ROW * ROW
-    # A thread of its own for each call: a pool would be missing in a forked child.
-    helper = threading.Thread(target=_copy_rows, args=(buffer, offset + middle, nbytes - middle, element))
-    helper.start()
+    pieces = range(offset, offset + nbytes, PIECE)
+    share([functools.partial(_copy_rows, buffer, at, min(PIECE, offset + nbytes - at), element) for at in pieces])
+
+
+def share(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run tasks by two threads, of which whichever is free takes the next.
+
+    By one, where another call has the second thread already: nobody gains by more than there are cores.
+
+    Parameters
+    ----------
+    tasks : sequence of callable
+        Each of which may run on any thread, while another does.
+    """
+    left, errors = iter(tasks), list[BaseException]()
+    done = _thread.allocate_lock()
+
+    def run() -> None:
+        for task in left:
+            task()
+
+    def help() -> None:
+        try:
+            run()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.release()
+
+    second_thread = _second_thread
+    if len(tasks) < 2 or _cores() < 2 or not second_thread.acquire(blocking=False):
+        run()
+        return
     try:
-        _copy_rows(buffer, offset, middle, element)
+        done.acquire()
+        # A thread for each call: a pool would be missing in a forked child. And without an object: `threading`
+        # waits until it has started, which takes as long as 2 MiB.
+        try:
+            _thread.start_new_thread(help, ())
+        except RuntimeError:  # the system has none left, or the interpreter is ending
+            done.release()
+        try:
+            run()
+        finally:
+            done.acquire()  # an interrupt must not leave it writing into memory that is then given back
     finally:
-        helper.join()  # an interrupt must not leave it writing into memory that is then given back
+        second_thread.release()
+    if errors:
+        raise errors[0]
+
+
+_second_thread = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: globals().update(_second_thread=threading.Lock()))
 
 
 def _copy_rows(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:

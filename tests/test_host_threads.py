@@ -1,0 +1,111 @@
+"""Work on the host that two threads share."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpuconst
+from gpuconst.kernels import host
+
+needs_two_cores = pytest.mark.skipif(host._cores() < 2, reason="one core: everything runs on the calling thread")
+
+
+def test_each_task_runs_once() -> None:
+    done: list[int] = []
+    host.share([functools.partial(done.append, number) for number in range(1000)])
+    assert sorted(done) == list(range(1000))
+
+
+@needs_two_cores
+def test_two_threads_take_part() -> None:
+    together = threading.Barrier(2, timeout=30)
+    host.share([together.wait, together.wait])  # neither ends before the other has begun
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_an_error_is_raised_when_both_threads_have_ended(bad: int) -> None:
+    ended: list[int] = []
+
+    def task(number: int) -> None:
+        if number == bad:
+            raise MemoryError(f"no room for {number}")
+        ended.append(number)
+
+    with pytest.raises(MemoryError, match=f"no room for {bad}"):
+        host.share([functools.partial(task, number) for number in range(3)])
+    count = len(ended)
+    host.share([functools.partial(ended.append, 9)] * 2)
+    assert len(ended) == count + 2
+
+
+@needs_two_cores
+def test_no_third_thread() -> None:
+    threads: set[int] = set()
+    together = threading.Barrier(2, timeout=30)
+
+    def inner() -> None:
+        threads.add(threading.get_ident())
+
+    def outer() -> None:
+        together.wait()
+        host.share([inner] * 50)
+
+    host.share([outer, outer])
+    assert len(threads) == 2
+
+
+@pytest.mark.parametrize("more", [0, 1, 12345])
+def test_every_byte_is_filled(more: int) -> None:
+    size = host.TWO_THREADS // 4 + more
+    values = np.zeros(size + 8, np.float32)
+    gpuconst.fill(values[4:-4], 1.1)
+    assert (values[4:-4] == np.float32(1.1)).all()
+    assert not values[:4].any()
+    assert not values[-4:].any()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_child_forked_meanwhile_has_a_second_thread_of_its_own(run_python: Callable[..., Any]) -> None:
+    run_python(
+        """
+        import os, threading
+        from gpuconst.kernels import host
+
+        forked = []
+
+        def fork():
+            child = os.fork()
+            if not child:
+                try:
+                    together = threading.Barrier(2, timeout=30)
+                    host.share([together.wait, together.wait] if host._cores() > 1 else [int, int])
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+            forked.append(child)
+
+        host.share([fork, int])
+        assert os.waitpid(forked[0], 0)[1] == 0
+        """
+    )
+
+
+def test_when_the_interpreter_ends(run_python: Callable[..., Any]) -> None:
+    """From Python 3.12 on no thread can be started then."""
+    found = run_python(
+        f"""
+        import atexit, gpuconst
+        import numpy as np
+
+        x = np.zeros({host.TWO_THREADS // 4 + 1}, np.float32)
+        atexit.register(lambda: print(int(gpuconst.fill(x, 2.0).sum()) == 2 * x.size))
+        """
+    )
+    assert "True" in found
