@@ -14,9 +14,6 @@ from .kernels import host
 
 __all__ = ["HostTensor", "host_tensors"]
 
-#: Below this many bytes, two threads spend more time waiting for the interpreter than they save.
-LARGE = 1 << 20
-
 
 class HostTensor(NamedTuple):
     """A tensor to be made.
@@ -64,7 +61,7 @@ def host_tensors(specs: Sequence[HostTensor]) -> list[torch.Tensor]:
             carriers[position], _ = host.full(shape, row.carrier, element, 0, 0)
 
     sizes = [0 if spec.element is None else math.prod(spec.shape) * spec.row.itemsize for spec in specs]
-    large = [position for position, size in enumerate(sizes) if size >= LARGE]
+    large = [position for position, size in enumerate(sizes) if size >= host.SMALLEST_SHARED]
     host.share([functools.partial(make, position) for position in large])
     for position, carrier in enumerate(carriers):
         if carrier is None:

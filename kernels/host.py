@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ BY_ROWS = 64 << 10
 #: From this many bytes on, two threads fill: memory that has been touched before, and memory that has not,
 #: whose first touch is bound by the page faults of one core.
 TWO_THREADS, TWO_THREADS_TOUCH = 8 << 20, 4 << 20
-#: What a thread takes of it at a time, a huge page: one that gets no core, or late, leaves more to the other.
+#: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
+SMALLEST_SHARED = 1 << 20
+#: What a thread takes of an array at a time, a huge page: one that gets no core, or late, leaves more to the other.
 PIECE = 2 << 20
 #: Runs of one length are scattered together from this many on; setting it up costs as much as so many fills.
 FEWEST_SCATTERED = 4
@@ -200,10 +203,14 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
             scatters.append(_scatter(runs[order[start:stop]]))
     regions = [*(_as_region(run) for run in runs[np.concatenate(alone)].tolist()), *strided]
 
+    small = [region for region in regions if region.nbytes < SMALLEST_SHARED]
+    tasks = [partial(fill, [region], index, 0) for region in regions if region.nbytes >= SMALLEST_SHARED]
+
     def run(stream: int) -> None:
         for memory, offsets, tiles in scatters:
             memory[offsets] = tiles
-        fill(regions, index, stream)
+        fill(small, index, stream)
+        share(tasks)
 
     return run
 
@@ -237,7 +244,7 @@ def _fill_bytes(buffer: Any, offset: int, nbytes: int, element: bytes, two_threa
         _copy_rows(buffer, offset, nbytes, element)
         return
     pieces = range(offset, offset + nbytes, PIECE)
-    share([functools.partial(_copy_rows, buffer, at, min(PIECE, offset + nbytes - at), element) for at in pieces])
+    share([partial(_copy_rows, buffer, at, min(PIECE, offset + nbytes - at), element) for at in pieces])
 
 
 def share(tasks: Sequence[Callable[[], None]]) -> None:
