@@ -11,12 +11,12 @@ if _find_spec("gpuconst.kernels") is None:
 
 from .array import Array
 from .creation import full, full_many, ones, zeros
-from .environment import Info, info
 from .errors import CopyNeededError, DeviceUnavailableError, OutOfMemoryError
 from .filling import FillPlan, fill, fill_many, plan_fill
 from .views import shares_memory
 
 if TYPE_CHECKING:
+    from .environment import Info, info
     from .keras import Constant, Ones, Zeros
 
 __all__ = [
@@ -41,11 +41,11 @@ __all__ = [
 ]
 
 _ADAPTERS = {"jax", "keras", "torch"}
-_LAZY = {"Constant": "keras", "Ones": "keras", "Zeros": "keras"}
+_LAZY = {"Constant": "keras", "Info": "environment", "Ones": "keras", "Zeros": "keras", "info": "environment"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import an adapter when it is first asked for, and with it its framework."""
+    """Import what not every program needs when it is first asked for; with an adapter, its framework."""
     if name in _ADAPTERS:
         return _import_module(f"gpuconst.{name}")
     if name in _LAZY:

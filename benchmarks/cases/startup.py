@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,11 @@ _COMMAND = [sys.executable, "-P", "-c"]
 _TIMED = "import time; {before}\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment, in which compiled modules may be kept, as an installed package's are."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def _contender(name: str, imports: str, call: str, ours: bool = False) -> Contender:
     """Return a contender that measures in an interpreter of its own, with nothing else imported."""
 
@@ -21,7 +27,7 @@ def _contender(name: str, imports: str, call: str, ours: bool = False) -> Conten
         code = _TIMED.format(before=before, timed=timed)
 
         def measure() -> float:
-            done = subprocess.run([*_COMMAND, code], check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run([*_COMMAND, code], check=True, stdout=subprocess.PIPE, text=True, env=_environment())
             return float(done.stdout)
 
         return measure
