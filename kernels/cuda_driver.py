@@ -123,14 +123,20 @@ _forked = False
 
 
 def forked() -> bool:
-    """Whether this process was forked from one that had asked the driver."""
-    return _forked
+    """Whether this process was forked from one that may have used CUDA, for it had loaded the driver."""
+    if not _forked:
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
+    except OSError:
+        return False
+    return True
 
 
 def _forget() -> None:
     # A forked child cannot use what its parent initialised: let it ask, and be told so.
     global _forked
-    _forked = _forked or driver.cache_info().currsize > 0
+    _forked = True
     driver.cache_clear()
     primary_context.cache_clear()
     _copied_from.clear()

@@ -233,6 +233,22 @@ def test_forked_after_cuda_was_initialised() -> None:
     assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"
 
 
+@on_standin(INITIALISED_BY="others")
+def test_forked_after_others_initialised_cuda() -> None:
+    assert driver().cuInit(0) == 0
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            found = gpuconst.info()
+            assert all("forked after CUDA was initialised" in str(row.why_not) for row in found.backends[:2])
+            os.write(writer, b"as it should")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"as it should"
+
+
 def test_cpu_work_calls_no_driver(run_python: Callable[..., str]) -> None:
     settings = environment()
     code = """
