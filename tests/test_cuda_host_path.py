@@ -228,6 +228,7 @@ def test_forked_after_cuda_was_initialised() -> None:
             os.write(writer, b"as it should")
         finally:
             os._exit(0)
+    os.close(writer)  # or a child that says nothing would be waited for
     os.waitpid(child, 0)
     assert os.read(reader, 100) == b"as it should"
     assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"
@@ -245,6 +246,7 @@ def test_forked_after_others_initialised_cuda() -> None:
             os.write(writer, b"as it should")
         finally:
             os._exit(0)
+    os.close(writer)  # or a child that says nothing would be waited for
     os.waitpid(child, 0)
     assert os.read(reader, 100) == b"as it should"
 
