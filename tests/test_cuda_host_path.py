@@ -176,7 +176,7 @@ def test_a_driver_with_an_error_of_its_own() -> None:
 def test_a_driver_that_crashes_or_hangs(raised: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment(STANDIN_SIGNAL=int(raised)).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(gpuconst.environment, "PATIENCE", 3)
+    monkeypatch.setattr("gpuconst.environment.PATIENCE", 3)
     found = gpuconst.info()
     assert f"the probe of the GPU failed: {reason}" in found.default
     *others, numpy = found.backends
