@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -13,24 +13,9 @@ from .dtypes import DType
 from .errors import CopyNeededError
 from .streams import consumer_handle
 
-__all__ = ["Array", "Slab"]
+__all__ = ["Array"]
 
 _CPU_DEVICE = (CPU, 0)
-
-
-class Slab(NamedTuple):
-    """Memory that many arrays are parts of.
-
-    Attributes
-    ----------
-    carrier : object
-        An array of bytes, from a backend's ``allocate``.
-    address : int
-        Of its first byte.
-    """
-
-    carrier: Any
-    address: int
 
 
 class Array:
@@ -52,12 +37,12 @@ class Array:
         The library that filled it: ``"numpy"``, ``"cupy"`` or ``"numba"``.
     """
 
-    __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_place", "_shape", "_stream")
+    __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_memory", "_place", "_shape", "_stream")
 
     def __init__(
-        self, carrier: Any, address: int, shape: tuple[int, ...], dtype: DType, place: Place, stream: int
+        self, memory: Any, address: int, shape: tuple[int, ...], dtype: DType, place: Place, stream: int
     ) -> None:
-        self._carrier = carrier
+        self._memory = memory
         self._address = address
         self._shape = shape
         self._dtype = dtype
@@ -66,13 +51,13 @@ class Array:
 
     @property
     def _exporter(self) -> Any:
-        """The carrier; that of a part of a slab is made when it is first asked for, few of thousands ever are."""
-        carrier = self._carrier
-        if type(carrier) is Slab:
-            offset = self._address - carrier.address
-            carrier = self._place.module.carve(carrier.carrier, offset, self._shape, self._dtype.carrier)
-            self._carrier = carrier
-        return carrier
+        """The carrier, an array of the backend's library; made when it is first asked for, as few ever are."""
+        try:
+            return self._carrier
+        except AttributeError:
+            module = self._place.module
+            self._carrier = module.carve(self._memory, self._address, self._shape, self._dtype.carrier)
+            return self._carrier
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -200,19 +185,19 @@ class Array:
         if copy or target != here:
             source = self._copied_to(self._place if target == here else select("cpu"))
         if consumer is not None and target == here:
-            source._place.module.hand_over(source._exporter, self._stream, consumer)
+            source._place.module.hand_over(source._memory, self._stream, consumer)
         # Ordered above, for every backend alike: -1 tells the carrier's exporter not to.
         capsule = source._exporter.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
         versioned = max_version is not None and max_version[0] >= 1
         return retag(capsule, self._dtype, versioned=versioned, copied=source is not self)
 
     def _copied_to(self, place: Place) -> Array:
-        carrier, address = place.module.allocate(self.shape, self._dtype.carrier, place.ordinal, self._stream)
+        memory, address = place.module.allocate(self.nbytes, place.ordinal, self._stream)
         here = self._place
         here.module.copy(address, self._address, self.nbytes, here.ordinal, self._stream)
         if place.device == "cpu":
             here.module.synchronize(here.ordinal, self._stream)
-        return Array(carrier, address, self.shape, self._dtype, place, self._stream)
+        return Array(memory, address, self.shape, self._dtype, place, self._stream)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:

@@ -41,15 +41,13 @@ class Backend(Protocol):
     def current_index(self) -> int:
         """Return the index of the calling thread's current device."""
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
-        """Return an uninitialised array that owns its memory and exports DLPack, and its address."""
+    def allocate(self, nbytes: int, index: int, stream: int) -> tuple[Any, int]:
+        """Return uninitialised memory, which lives as long as the object returned, and its address."""
 
-    def carve(self, carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """Return an array within an allocated array of bytes, which it keeps alive."""
+    def carve(self, memory: Any, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        """Return an array of some of the memory that keeps it alive and exports DLPack."""
 
-    def full(
-        self, shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int
-    ) -> tuple[Any, int]:
+    def full(self, nbytes: int, element: bytes, index: int, stream: int) -> tuple[Any, int]:
         """Allocate and fill."""
 
     def fill(self, regions: Sequence[Region], index: int, stream: int) -> None:
@@ -61,8 +59,8 @@ class Backend(Protocol):
     def copy(self, target: int, source: int, nbytes: int, index: int, stream: int) -> None:
         """Copy bytes between addresses of device `index` or the host, in stream order."""
 
-    def hand_over(self, carrier: Any, first: int, then: int) -> None:
-        """Make stream `then` wait for stream `first`, and the memory of the carrier outlive its work there."""
+    def hand_over(self, memory: Any, first: int, then: int) -> None:
+        """Make stream `then` wait for stream `first`, and the memory outlive its work there."""
 
     def order(self, first: int, then: int, index: int) -> None:
         """Make stream `then` wait for what stream `first` has been given so far."""

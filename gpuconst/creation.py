@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .array import Array, Slab
+from .array import Array
 from .backends import select
 from .batch import tiles
 from .dtypes import DType, resolve_dtype
@@ -80,8 +80,9 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     element = encode(fill_value, row)
     place = select(device)
     handle = 0 if stream is None else stream_handle(stream, place)
-    carrier, address = place.module.full(dims, row.carrier, element, place.ordinal, handle)
-    return Array(carrier, address, dims, row, place, handle)
+    nbytes = math.prod(dims) * row.itemsize
+    memory, address = place.module.full(nbytes, element, place.ordinal, handle)
+    return Array(memory, address, dims, row, place, handle)
 
 
 def zeros(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any = None) -> Array:
@@ -169,7 +170,7 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
     check_shape(total, 1)
     place = select(device)
     handle = stream_handle(stream, place)
-    carrier, address = place.module.allocate((total,), np.dtype(np.uint8), place.ordinal, handle)
+    memory, address = place.module.allocate(total, place.ordinal, handle)
 
     addresses = np.cumsum(padded) - padded + np.uint64(address)
     runs = np.zeros(len(names), RUN)
@@ -177,8 +178,7 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
     runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]
     place.module.prepare(runs[nbytes > 0], [], place.ordinal, handle)(handle)
 
-    slab = Slab(carrier, address)
-    arrays = map(Array, repeat(slab), addresses.tolist(), shapes, rows, repeat(place), repeat(handle))
+    arrays = map(Array, repeat(memory), addresses.tolist(), shapes, rows, repeat(place), repeat(handle))
     made = dict(zip(names, arrays, strict=True))
     seconds = time.perf_counter() - start
     _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), nbytes.sum(), seconds)

@@ -124,7 +124,7 @@ def _wait_for_owner(x: Any, owner: int, handle: int, place: Place) -> None:
     caller who orders a stream of theirs.
     """
     if isinstance(x, Array):
-        place.module.hand_over(x._exporter, owner, handle)
+        place.module.hand_over(x._memory, owner, handle)
     elif not is_tensor(x):
         place.module.order(owner, handle, place.ordinal)
 
@@ -296,7 +296,7 @@ class _Step:
             place.module.order(other, handle, place.ordinal)
         for array in self._ours:
             if array._stream != handle:
-                place.module.hand_over(array._exporter, array._stream, handle)
+                place.module.hand_over(array._memory, array._stream, handle)
                 array._stream = handle
         self._run(handle)
         for other in others:

@@ -52,16 +52,19 @@ def host_tensors(specs: Sequence[HostTensor]) -> list[torch.Tensor]:
         If the host has no memory left.
     """
     carriers: list[Any] = [None] * len(specs)
+    sizes = [math.prod(spec.shape) * spec.row.itemsize for spec in specs]
 
     def make(position: int) -> None:
         shape, _, row, element = specs[position]
-        if element is None:
-            carriers[position], _ = host.allocate(shape, row.carrier, 0, 0)
-        else:
-            carriers[position], _ = host.full(shape, row.carrier, element, 0, 0)
+        nbytes = sizes[position]
+        memory, address = host.allocate(nbytes, 0, 0) if element is None else host.full(nbytes, element, 0, 0)
+        carriers[position] = host.carve(memory, address, shape, row.carrier)
 
-    sizes = [0 if spec.element is None else math.prod(spec.shape) * spec.row.itemsize for spec in specs]
-    large = [position for position, size in enumerate(sizes) if size >= host.SMALLEST_SHARED]
+    large = [
+        position
+        for position, (spec, size) in enumerate(zip(specs, sizes, strict=True))
+        if spec.element is not None and size >= host.SMALLEST_SHARED
+    ]
     host.share([functools.partial(make, position) for position in large])
     for position, carrier in enumerate(carriers):
         if carrier is None:

@@ -11,8 +11,8 @@ import numpy as np
 from . import cuda_driver
 from .runs import Launch, Region, run_launch, split, stretch, strided_launches, table, table_launch
 
-#: A backend's `allocate`: shape, dtype, device and stream to an array that owns its memory, and the address.
-Allocate = Callable[[tuple[int, ...], np.dtype[Any], int, int], tuple[Any, int]]
+#: A backend's `allocate`: bytes, device and stream to what owns the memory, and the address.
+Allocate = Callable[[int, int, int], tuple[Any, int]]
 #: Launches a kernel on a device and stream.
 Start = Callable[[Launch, int, int], None]
 
@@ -99,7 +99,7 @@ def prepare(
         launches.append(run_launch(address, nbytes, low, high))
     elif len(runs):
         words = table(runs)
-        memory, address = allocate(words.shape, words.dtype, index, stream)
+        memory, address = allocate(words.nbytes, index, stream)
         cuda_driver.upload(address, words, index, stream)
         launches.append(table_launch(address, words))
     for region in strided:

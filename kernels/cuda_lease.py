@@ -25,24 +25,40 @@ class Lease:
         Of the device.
     stream : int
         Handle of the stream that the memory was allocated on.
+
+    Attributes
+    ----------
+    index : int
+        Of the device.
+    users : set of int
+        Handles of the streams it was handed to.
     """
 
-    __slots__ = ("_index", "_memory", "_stream", "_users")
+    __slots__ = ("_memory", "_stream", "index", "users")
 
     def __init__(self, memory: Any, index: int, stream: int) -> None:
         self._memory = memory
-        self._index = index
+        self.index = index
         self._stream = stream
-        self._users: set[int] = set()
-
-    def hand_over(self, first: int, then: int) -> None:
-        """Make stream `then` wait for stream `first`, and the memory for `then`."""
-        cuda_driver.order(first, then, self._index)
-        self._users.add(then)
+        self.users: set[int] = set()
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if finalizing():  # nobody gets the memory next, and consumers' streams are gone
             return
-        for stream in self._users:
+        for stream in self.users:
             with contextlib.suppress(Exception):  # the context is gone, and what ran in it
-                cuda_driver.order(stream, self._stream, self._index)
+                cuda_driver.order(stream, self._stream, self.index)
+
+
+def hand_over(memory: Lease, first: int, then: int) -> None:
+    """Make stream `then` wait for stream `first`; the memory is given back when `then` is done with it.
+
+    Parameters
+    ----------
+    memory : Lease
+        From a backend's ``allocate`` or ``full``.
+    first, then : int
+        Handles of streams.
+    """
+    cuda_driver.order(first, then, memory.index)
+    memory.users.add(then)

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
-from .cuda_lease import Lease
+from .cuda_lease import Lease, hand_over
 from .runs import BLOCK, CHUNK, LANES, RUN, THREADS, TILE, Launch, Region, run_launch, tile
 
 __all__ = [
@@ -89,15 +89,13 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
-    """Return an uninitialised CuPy array from CuPy's current pool, and its address.
+def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
+    """Return uninitialised memory of CuPy's current pool, and its address.
 
     Parameters
     ----------
-    shape : tuple of int
-        Elements along each dimension.
-    dtype : numpy.dtype
-        Of the elements, one that CuPy has.
+    nbytes : int
+        Bytes needed.
     index : int
         Of the device.
     stream : int
@@ -113,15 +111,13 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     import cupy
 
     cuda_driver.refuse_capture(index, stream)
-    nbytes = math.prod(shape) * dtype.itemsize
     try:
         memory = _take(nbytes or 1, index, stream)  # a size of 0 has no address
     except (MemoryError, cupy.cuda.runtime.CUDARuntimeError) as error:
         if getattr(error, "status", _OUT_OF_MEMORY) != _OUT_OF_MEMORY:
             raise
         raise cuda_driver.out_of_memory(nbytes, index) from error
-    leased = cupy.cuda.UnownedMemory(memory.ptr, nbytes or 1, Lease(memory, index, stream), index)
-    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(leased, 0)), memory.ptr
+    return Lease(memory, index, stream), memory.ptr
 
 
 def _take(nbytes: int, index: int, stream: int) -> Any:
@@ -134,39 +130,28 @@ def _take(nbytes: int, index: int, stream: int) -> Any:
         return cuda.alloc(nbytes)
 
 
-def hand_over(carrier: Any, first: int, then: int) -> None:
-    """Make stream `then` wait for stream `first`; the memory is given back when `then` is done with it.
+def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return a CuPy array of some of the memory, which it keeps alive.
 
     Parameters
     ----------
-    carrier : cupy.ndarray
-        From `allocate`, `carve` or `full`.
-    first, then : int
-        Handles of streams.
-    """
-    carrier.data.mem._owner.hand_over(first, then)
-
-
-def carve(carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return an array within an array of bytes, whose memory it keeps alive.
-
-    Parameters
-    ----------
-    carrier : cupy.ndarray
-        Of bytes, from `allocate`.
-    offset : int
-        In bytes.
+    memory : Lease
+        From `allocate` or `full`.
+    address : int
+        Of the first element.
     shape : tuple of int
         Elements along each dimension.
     dtype : numpy.dtype
-        Of the elements.
+        Of the elements, one that CuPy has.
     """
     import cupy
 
-    return cupy.ndarray(shape, dtype, carrier.data + offset)
+    nbytes = math.prod(shape) * dtype.itemsize
+    part = cupy.cuda.UnownedMemory(address, nbytes or 1, memory, memory.index)
+    return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(part, 0))
 
 
-def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
+def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, int]:
     """Return what `allocate` does, filled with `element` in stream order.
 
     Raises
@@ -176,10 +161,10 @@ def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: in
     RuntimeError
         If a CUDA graph is being captured.
     """
-    array, address = allocate(shape, dtype, index, stream)
-    if array.nbytes:
-        _launch(run_launch(address, array.nbytes, *tile(address, element)), index, stream)
-    return array, address
+    memory, address = allocate(nbytes, index, stream)
+    if nbytes:
+        _launch(run_launch(address, nbytes, *tile(address, element)), index, stream)
+    return memory, address
 
 
 def fill(regions: Sequence[Region], index: int, stream: int) -> None:

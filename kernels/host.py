@@ -6,7 +6,6 @@ import _thread
 import ctypes
 import functools
 import itertools
-import math
 import os
 import sys
 import threading
@@ -16,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from .host_memory import reserve
+from .host_memory import Map, reserve
 from .runs import TILE, Region, normalised
 
-#: From `BY_ROWS` bytes on, rows of `ROW` bytes are copied instead of elements stored: NumPy copies a row
-#: with memcpy, at twice the speed of its fill. Below, the calls that set it up cost more.
+#: Fewer than `BY_ROWS` bytes are made by Python's own repetition of the element and copied where they go, in a
+#: third of the time that a NumPy array of them takes to make and fill. From there on rows of `ROW` bytes are
+#: copied over and over: NumPy copies a row with memcpy, faster than it stores.
+BY_ROWS = 32 << 10
 ROW = 16 << 10
-BY_ROWS = 64 << 10
 #: From this many bytes on, two threads fill: memory that has been touched before, and memory that has not,
 #: whose first touch is bound by the page faults of one core.
 TWO_THREADS, TWO_THREADS_TOUCH = 8 << 20, 4 << 20
@@ -30,14 +30,17 @@ TWO_THREADS, TWO_THREADS_TOUCH = 8 << 20, 4 << 20
 SMALLEST_SHARED = 1 << 20
 #: What a thread takes of an array at a time, a huge page: one that gets no core, or late, leaves more to the other.
 PIECE = 2 << 20
-#: Runs of one length are scattered together from this many on; setting it up costs as much as so many fills.
-FEWEST_SCATTERED = 4
+#: Runs of one length, of up to this many bytes, are scattered together from so many on; setting it up costs as
+#: much as so many fills.
+LONGEST_SCATTERED, FEWEST_SCATTERED = 16 << 10, 4
 
 # All of memory as one buffer, so that NumPy arrays can be laid over any address: building a ctypes
 # array type for each length instead would cost several times the fill of a small tensor. It starts
 # above the null page because NumPy takes a buffer at address 0 for none.
 _ORIGIN = 4096
 _MEMORY: Any = (ctypes.c_char * (sys.maxsize - _ORIGIN)).from_address(_ORIGIN)
+
+_BYTES_OF_MEMORY = memoryview(_MEMORY).cast("B")
 
 _UNSIGNED: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
@@ -59,15 +62,13 @@ def current_index() -> int:
     return 0
 
 
-def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
-    """Return an uninitialised, aligned, C-ordered NumPy array, and its address.
+def allocate(nbytes: int, index: int, stream: int) -> tuple[Map, int]:
+    """Return uninitialised, aligned memory, and its address.
 
     Parameters
     ----------
-    shape : tuple of int
-        Elements along each dimension.
-    dtype : numpy.dtype
-        A dtype that NumPy can export.
+    nbytes : int
+        Bytes needed.
     index, stream : int
         Of the device; the CPU has only 0.
 
@@ -76,28 +77,28 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     OutOfMemoryError
         If there is no memory.
     """
-    buffer, offset, address, _ = reserve(math.prod(shape) * dtype.itemsize)
-    return np.ndarray(shape, dtype, buffer, offset), address
+    memory, address, _ = reserve(nbytes)
+    return memory, address
 
 
-def carve(carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return an array within an array of bytes, whose memory it keeps alive.
+def carve(memory: Map, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Return a NumPy array of some of the memory, which it keeps alive.
 
     Parameters
     ----------
-    carrier : numpy.ndarray
-        Of bytes, from `allocate`.
-    offset : int
-        In bytes.
+    memory : Map
+        From `allocate` or `full`.
+    address : int
+        Of the first element.
     shape : tuple of int
         Elements along each dimension.
     dtype : numpy.dtype
-        Of the elements.
+        A dtype that NumPy can export.
     """
-    return np.ndarray(shape, dtype, carrier, offset)
+    return np.ndarray(shape, dtype, memory, address - memory.address)
 
 
-def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
+def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int]:
     """Return what `allocate` does, filled with `element`.
 
     Raises
@@ -105,14 +106,10 @@ def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: in
     OutOfMemoryError
         If there is no memory.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    buffer, offset, address, zeroed = reserve(nbytes)
-    array = np.ndarray(shape, dtype, buffer, offset)
-    if nbytes < BY_ROWS:
-        array[...] = _element(element, dtype)
-    elif not zeroed or any(element):
-        _fill_bytes(buffer, offset, nbytes, element, TWO_THREADS_TOUCH if zeroed else TWO_THREADS)
-    return array, address
+    memory, address, zeroed = reserve(nbytes)
+    if not zeroed or any(element):
+        _fill_stretch(address, nbytes, element, TWO_THREADS_TOUCH if zeroed else TWO_THREADS)
+    return memory, address
 
 
 def fill(regions: Sequence[Region], index: int, stream: int) -> None:
@@ -129,7 +126,7 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
         address, shape, strides, element = normalised(region)
         if 0 not in shape:  # of an empty one the address may be null
             dtype = _UNSIGNED[len(element)]
-            _assign(np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides), element)
+            assign(np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides), element)
 
 
 def assign(array: np.ndarray, element: bytes) -> None:
@@ -142,7 +139,10 @@ def assign(array: np.ndarray, element: bytes) -> None:
     element : bytes
         As long as an element of the array.
     """
-    _assign(array.view(_UNSIGNED[len(element)]), element)
+    if array.nbytes >= BY_ROWS and array.flags.c_contiguous:
+        _fill_rows(array, 0, array.nbytes, element, TWO_THREADS)
+    else:
+        array[...] = _element(element, array.dtype)
 
 
 def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
@@ -157,16 +157,15 @@ def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
     element : bytes
         The element.
     """
-    if nbytes:  # or the address may be null
-        itemsize = len(element)
-        _assign(np.ndarray((nbytes // itemsize,), _UNSIGNED[itemsize], _MEMORY, address - _ORIGIN), element)
+    _fill_stretch(address, nbytes, element, TWO_THREADS)
 
 
-def _assign(array: np.ndarray, element: bytes) -> None:
-    if array.nbytes >= BY_ROWS and array.flags.c_contiguous:
-        _fill_bytes(array, 0, array.nbytes, element, TWO_THREADS)
-    else:
-        array[...] = _element(element, array.dtype)
+def _fill_stretch(address: int, nbytes: int, element: bytes, two_threads: int) -> None:
+    start = address - _ORIGIN
+    if nbytes >= BY_ROWS:
+        _fill_rows(_MEMORY, start, nbytes, element, two_threads)
+    elif nbytes:  # or the address may be null
+        _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
@@ -189,8 +188,8 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     callable
         Takes the stream, 0.
     """
-    short = (runs["count"] == 1) & (runs["nbytes"] <= ROW)
-    scatters: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    short = (runs["count"] == 1) & (runs["nbytes"] <= LONGEST_SCATTERED)
+    scatters: list[Callable[[], None]] = []
     alone = [np.flatnonzero(~short)]
     order = np.flatnonzero(short)
     order = order[np.argsort(runs["nbytes"][order], kind="stable")]
@@ -200,23 +199,25 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
         if stop - start < FEWEST_SCATTERED:
             alone.append(order[start:stop])
         else:
-            scatters.append(_scatter(runs[order[start:stop]]))
+            scatters += _scatters(runs[order[start:stop]])
     regions = [*(_as_region(run) for run in runs[np.concatenate(alone)].tolist()), *strided]
 
     small = [region for region in regions if region.nbytes < SMALLEST_SHARED]
     tasks = [partial(fill, [region], index, 0) for region in regions if region.nbytes >= SMALLEST_SHARED]
+    if lengths.sum() >= TWO_THREADS_TOUCH:
+        tasks, scatters = scatters + tasks, []
 
     def run(stream: int) -> None:
-        for memory, offsets, tiles in scatters:
-            memory[offsets] = tiles
+        for scatter in scatters:
+            scatter()
         fill(small, index, stream)
         share(tasks)
 
     return run
 
 
-def _scatter(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return what fills runs of one length: all of memory in rows of it, the rows' offsets, their contents."""
+def _scatters(runs: np.ndarray) -> list[Callable[[], None]]:
+    """Return what fills runs of one length, `PIECE` bytes of them each."""
     nbytes = int(runs["nbytes"][0])
     unit = min(nbytes & -nbytes, TILE)
     dtype = _UNSIGNED[unit]
@@ -226,7 +227,10 @@ def _scatter(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tiles = np.stack([runs["tile_low"], runs["tile_high"]], axis=1).view(np.uint8)
     if (addresses % TILE).any():
         tiles = np.take_along_axis(tiles, (addresses[:, None] + np.arange(TILE)) % TILE, axis=1)
-    return memory, addresses - _ORIGIN, np.ascontiguousarray(tiles[:, :unit]).view(dtype)
+    offsets, elements = addresses - _ORIGIN, np.ascontiguousarray(tiles[:, :unit]).view(dtype)
+    step = max(1, PIECE // nbytes)
+    pieces = [slice(start, start + step) for start in range(0, len(runs), step)]
+    return [partial(memory.__setitem__, offsets[piece], elements[piece]) for piece in pieces]
 
 
 def _as_region(run: tuple[int, ...]) -> Region:
@@ -238,13 +242,15 @@ def _as_region(run: tuple[int, ...]) -> Region:
     return Region(address, (count, nbytes // unit), (pitch, unit), element)
 
 
-def _fill_bytes(buffer: Any, offset: int, nbytes: int, element: bytes, two_threads: int) -> None:
-    """Fill bytes of a buffer with a repeated element, from `two_threads` bytes on by two threads."""
+def _fill_rows(buffer: Any, offset: int, nbytes: int, element: bytes, two_threads: int) -> None:
+    """Fill at least `ROW` bytes of a buffer, from `two_threads` bytes on by two threads."""
     if nbytes < two_threads:
         _copy_rows(buffer, offset, nbytes, element)
         return
-    pieces = range(offset, offset + nbytes, PIECE)
-    share([partial(_copy_rows, buffer, at, min(PIECE, offset + nbytes - at), element) for at in pieces])
+    end = offset + nbytes
+    starts = [min(at, end - ROW) for at in range(offset, end, PIECE)]
+    stops = [*range(offset + PIECE, end, PIECE), end]
+    share([partial(_copy_rows, buffer, at, to - at, element) for at, to in zip(starts, stops, strict=True)])
 
 
 def share(tasks: Sequence[Callable[[], None]]) -> None:
@@ -300,11 +306,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def _copy_rows(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
+    """Fill at least `ROW` bytes; the last row overlaps the one before where they are not a number of rows."""
     row = _row(element)
-    rows, rest = divmod(nbytes, ROW)
-    np.ndarray((rows, ROW), _BYTES, buffer, offset)[...] = row
-    if rest:
-        np.ndarray((rest,), _BYTES, buffer, offset + rows * ROW)[...] = row[:rest]
+    np.ndarray((nbytes // ROW, ROW), _BYTES, buffer, offset)[...] = row
+    if nbytes % ROW:
+        np.ndarray((ROW,), _BYTES, buffer, offset + nbytes - ROW)[...] = row
 
 
 # Reading the bytes anew takes half as long as filling a small array with them.
@@ -330,7 +336,7 @@ def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None
     ctypes.memmove(target, source, nbytes)
 
 
-def hand_over(carrier: Any, first: int, then: int) -> None:
+def hand_over(memory: Map, first: int, then: int) -> None:
     """Do nothing: the CPU has no streams."""
 
 

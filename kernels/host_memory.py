@@ -15,9 +15,6 @@ import ctypes
 import mmap
 from collections import deque
 from sys import getrefcount
-from typing import Any
-
-import numpy as np
 
 from gpuconst.errors import OutOfMemoryError
 
@@ -32,21 +29,36 @@ LARGEST_CARVED = SLAB // 2
 LARGEST_KEPT = 32 << 20
 
 
-class _Block:
-    """A map, and how to tell that nothing lives in it: nobody else refers to the buffer."""
+class Map(mmap.mmap):
+    """Anonymous memory that knows where it is.
 
-    __slots__ = ("address", "buffer", "idle_references", "nbytes", "offset", "used", "zeroed")
+    Attributes
+    ----------
+    address : int
+        Of the first byte.
+    """
+
+    __slots__ = ("address",)
+
+    address: int
+
+
+class _Block:
+    """Memory to hand out, and how to tell that nothing lives in it: nobody else refers to the map."""
+
+    __slots__ = ("address", "idle_references", "memory", "nbytes", "used", "zeroed")
 
     def __init__(self, nbytes: int) -> None:
-        self.buffer, self.offset, self.address, self.zeroed = _map(nbytes)
+        self.memory, self.address = _map(nbytes)
         self.nbytes = nbytes
         self.used = 0  # of a slab
-        self.idle_references = getrefcount(self.buffer)
+        self.zeroed = True
+        self.idle_references = getrefcount(self.memory)
 
 
 # A thread takes a block out, looks at it, and puts it back; `pop` and `append` are atomic, so there is no
 # lock to be held across a fork, a signal or a finalizer. Whoever is about to hand out a block's memory
-# refers to its buffer before putting it back: once it is back, idle means idle.
+# refers to its map before putting it back: once it is back, idle means idle.
 
 #: The slabs with room left: never more of them than threads that carved at once.
 _open: list[_Block] = []
@@ -54,8 +66,8 @@ _open: list[_Block] = []
 _recent: deque[_Block] = deque(maxlen=2)
 
 
-def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
-    """Return `nbytes` bytes of writable memory of their own.
+def reserve(nbytes: int) -> tuple[Map, int, bool]:
+    """Return writable memory: `nbytes` bytes rounded up to a multiple of `ALIGNMENT`, which nobody else has.
 
     Parameters
     ----------
@@ -64,10 +76,8 @@ def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
 
     Returns
     -------
-    buffer : object
+    memory : Map
         The owner, with the buffer protocol; whatever is built on it keeps the memory alive.
-    offset : int
-        Of the first byte, within the buffer.
     address : int
         Of the first byte, a multiple of `ALIGNMENT`.
     zeroed : bool
@@ -80,24 +90,25 @@ def reserve(nbytes: int) -> tuple[Any, int, int, bool]:
     """
     if nbytes > LARGEST_CARVED:
         block = _recycled(nbytes) or _Block(nbytes)
-        buffer, zeroed, block.zeroed = block.buffer, block.zeroed, False
+        memory, zeroed, block.zeroed = block.memory, block.zeroed, False
         if nbytes <= LARGEST_KEPT:
             _recent.append(block)
-        return buffer, block.offset, block.address, zeroed
+        return memory, block.address, zeroed
     try:
         slab = _open.pop()
     except IndexError:
         slab = _recycled(SLAB) or _Block(SLAB)
-    if getrefcount(slab.buffer) == slab.idle_references:
-        slab.used = 0  # start again, in memory that is still in the cache
-    elif slab.used + nbytes > SLAB:
-        full, slab = slab, _recycled(SLAB) or _Block(SLAB)
-        _recent.append(full)
-        slab.used = 0
-    buffer, start = slab.buffer, slab.used
+    start = slab.used
+    if getrefcount(slab.memory) == slab.idle_references:
+        start = 0  # again, in memory that is still in the cache
+    elif start + nbytes > SLAB:
+        _recent.append(slab)
+        slab = _recycled(SLAB) or _Block(SLAB)
+        start = 0
+    memory = slab.memory
     slab.used = start + (nbytes + ALIGNMENT - 1 & -ALIGNMENT)
     _open.append(slab)
-    return buffer, slab.offset + start, slab.address + start, False
+    return memory, slab.address + start, False
 
 
 def _recycled(nbytes: int) -> _Block | None:
@@ -107,34 +118,28 @@ def _recycled(nbytes: int) -> _Block | None:
             block = _recent.popleft()
         except IndexError:  # another thread was faster
             return None
-        if nbytes <= block.nbytes <= 2 * nbytes and getrefcount(block.buffer) == block.idle_references:
+        if nbytes <= block.nbytes <= 2 * nbytes and getrefcount(block.memory) == block.idle_references:
             return block
         _recent.append(block)
     return None
 
 
-def _map(nbytes: int) -> tuple[Any, int, int, bool]:
-    """Return what `reserve` does, newly mapped."""
+def _map(nbytes: int) -> tuple[Map, int]:
+    """Return new memory, all zero, and the address in it from which on `nbytes` bytes are aligned."""
     huge = hasattr(mmap, "MADV_HUGEPAGE")
-    if not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
-        buffer: Any = np.empty(nbytes + ALIGNMENT, np.uint8)
-        start = _address(buffer)
-        address = -(-start // ALIGNMENT) * ALIGNMENT
-        return buffer, address - start, address, False
     # Address space is free: untouched pages of the margin never become memory.
     margin = HUGE_PAGE if huge and nbytes >= HUGE_PAGE else 0
     try:
-        buffer = mmap.mmap(-1, nbytes + margin, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MAP_ANONYMOUS"):
+            memory = Map(-1, nbytes + margin, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:  # Windows
+            memory = Map(-1, nbytes)
     except (OSError, ValueError, OverflowError) as error:
         raise OutOfMemoryError(f"the host has no {nbytes:,} bytes left: {error}") from error
-    start = _address(buffer)
-    offset = -start % HUGE_PAGE if margin else 0
+    memory.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    offset = -memory.address % HUGE_PAGE if margin else 0
     if margin:
         # Whole huge pages only: the rest would round the memory used up to the next 2 MiB.
         with contextlib.suppress(OSError):  # a kernel built without them: small pages serve
-            buffer.madvise(mmap.MADV_HUGEPAGE, offset, nbytes // HUGE_PAGE * HUGE_PAGE)
-    return buffer, offset, start + offset, True
-
-
-def _address(buffer: Any) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+            memory.madvise(mmap.MADV_HUGEPAGE, offset, nbytes // HUGE_PAGE * HUGE_PAGE)
+    return memory, memory.address + offset

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
-from .cuda_lease import Lease
+from .cuda_lease import Lease, hand_over
 from .runs import THREADS, Launch, Region, run_launch, tile
 
 __all__ = [
@@ -98,15 +98,13 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: int) -> tuple[Any, int]:
-    """Return an uninitialised view of memory of an own pool, which exports DLPack, and its address.
+def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
+    """Return uninitialised memory of an own pool, and its address.
 
     Parameters
     ----------
-    shape : tuple of int
-        Elements along each dimension.
-    dtype : numpy.dtype
-        Of the elements, one that DLPack can name.
+    nbytes : int
+        Bytes needed.
     index : int
         Of the device.
     stream : int
@@ -119,10 +117,6 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
     RuntimeError
         If a CUDA graph is being captured.
     """
-    from cuda.core import Buffer
-    from cuda.core.utils import StridedMemoryView
-
-    nbytes = math.prod(shape) * dtype.itemsize
     with cuda_driver.primary_context(index):
         try:
             # A size of 0 has no address; one byte has.
@@ -132,46 +126,33 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[Any], index: int, stream: i
             if "CUDA_ERROR_OUT_OF_MEMORY" not in str(error):
                 raise
             raise cuda_driver.out_of_memory(nbytes, index) from error
-        buffer = Buffer.from_handle(memory.handle, nbytes or 1, owner=Lease(memory, index, stream))
-        return StridedMemoryView.from_buffer(buffer, shape, dtype=dtype), int(memory.handle)
+    return Lease(memory, index, stream), int(memory.handle)
 
 
-def hand_over(carrier: Any, first: int, then: int) -> None:
-    """Make stream `then` wait for stream `first`; the memory is given back when `then` is done with it.
-
-    Parameters
-    ----------
-    carrier : cuda.core.utils.StridedMemoryView
-        From `allocate`, `carve` or `full`.
-    first, then : int
-        Handles of streams.
-    """
-    carrier.exporting_obj.owner.hand_over(first, then)
-
-
-def carve(carrier: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return a view within an array of bytes, whose memory it keeps alive.
+def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return a ``StridedMemoryView`` of some of the memory, which it keeps alive.
 
     Parameters
     ----------
-    carrier : cuda.core.utils.StridedMemoryView
-        Of bytes, from `allocate`.
-    offset : int
-        In bytes.
+    memory : Lease
+        From `allocate` or `full`.
+    address : int
+        Of the first element.
     shape : tuple of int
         Elements along each dimension.
     dtype : numpy.dtype
-        Of the elements.
+        Of the elements, one that DLPack can name.
     """
     from cuda.core import Buffer
     from cuda.core.utils import StridedMemoryView
 
     nbytes = math.prod(shape) * dtype.itemsize
-    part = Buffer.from_handle(carrier.ptr + offset, nbytes or 1, owner=carrier.exporting_obj.owner)
-    return StridedMemoryView.from_buffer(part, shape, dtype=dtype)
+    with cuda_driver.primary_context(memory.index):
+        part = Buffer.from_handle(address, nbytes or 1, owner=memory)
+        return StridedMemoryView.from_buffer(part, shape, dtype=dtype)
 
 
-def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: int, stream: int) -> tuple[Any, int]:
+def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, int]:
     """Return what `allocate` does, filled with `element` in stream order.
 
     Raises
@@ -181,11 +162,10 @@ def full(shape: tuple[int, ...], dtype: np.dtype[Any], element: bytes, index: in
     RuntimeError
         If a CUDA graph is being captured.
     """
-    carrier, address = allocate(shape, dtype, index, stream)
-    nbytes = math.prod(shape) * dtype.itemsize
+    memory, address = allocate(nbytes, index, stream)
     if nbytes:
         _launch(run_launch(address, nbytes, *tile(address, element)), index, stream)
-    return carrier, address
+    return memory, address
 
 
 def fill(regions: Sequence[Region], index: int, stream: int) -> None:

@@ -56,7 +56,7 @@ def test_one_value_for_all(case: tuple[int, list[Entry]], value: Any) -> None:
 def test_many_of_every_length(dtype: str, offset: int) -> None:
     """Those of one length are filled together."""
     itemsize = DTYPES[dtype].itemsize
-    lengths = [n for n in [*range(1, 20), 255, 256, 257, host.ROW // itemsize] for _ in range(6)]
+    lengths = [n for n in [*range(1, 20), 255, 256, 257, host.LONGEST_SCATTERED // itemsize] for _ in range(6)]
     starts = [0, *itertools.accumulate(n * itemsize + 32 + offset for n in lengths)]
     entries = [
         Entry("torch", dtype, (n,), (itemsize,), 64 + start, bytes([k % 256] * (itemsize - 1) + [k // 256 + 1]))
@@ -68,7 +68,7 @@ def test_many_of_every_length(dtype: str, offset: int) -> None:
 
 
 def test_large_and_small_ones_at_once() -> None:
-    sizes = [1, host.ROW + 1, host.BY_ROWS, host.BY_ROWS + 3, host.TWO_THREADS + 17]
+    sizes = [1, host.LONGEST_SCATTERED + 1, host.BY_ROWS, host.BY_ROWS + 3, host.TWO_THREADS + 17]
     arrays = [np.zeros(size + 2, np.uint8) for size in sizes]
     gpuconst.fill_many([x[1:-1] for x in arrays], [k + 1 for k in range(len(sizes))])
     for k, x in enumerate(arrays):
