@@ -43,6 +43,7 @@ class Array:
         self, memory: Any, address: int, shape: tuple[int, ...], dtype: DType, place: Place, stream: int
     ) -> None:
         self._memory = memory
+        self._carrier: Any = None
         self._address = address
         self._shape = shape
         self._dtype = dtype
@@ -52,12 +53,11 @@ class Array:
     @property
     def _exporter(self) -> Any:
         """The carrier, an array of the backend's library; made when it is first asked for, as few ever are."""
-        try:
-            return self._carrier
-        except AttributeError:
-            module = self._place.module
-            self._carrier = module.carve(self._memory, self._address, self._shape, self._dtype.carrier)
-            return self._carrier
+        carrier = self._carrier
+        if carrier is None:
+            carrier = self._place.module.carve(self._memory, self._address, self._shape, self._dtype.carrier)
+            self._carrier = carrier
+        return carrier
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -22,6 +22,10 @@ class Exporter(Protocol):
     def data_ptr(self) -> int:
         """Return the address."""
 
+    @property
+    def _exporter(self) -> Any:
+        """The array of the backend's library, NumPy's for CPU memory."""
+
     def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None) -> Any:
         """Export a capsule."""
 
@@ -34,8 +38,12 @@ def to_torch(array: Exporter, dtype: DType) -> Any:
     torch = _import("torch", "torch")
     if not hasattr(torch, dtype.name):
         raise TypeError(f"torch {torch.__version__} has no dtype {dtype.name}; to_numpy() and to_jax() take it")
-    # A capsule spares torch what it would ask of a CPU array in Python: half of the time.
-    tensor = torch.from_dlpack(array.__dlpack__() if array.__dlpack_device__()[0] == CPU else array)
+    on_cpu = array.__dlpack_device__()[0] == CPU
+    if on_cpu and dtype.native:  # in a third of the time of a capsule
+        tensor = torch.from_numpy(array._exporter)
+    else:
+        # A capsule spares torch what it would ask of a CPU array in Python: half of the time.
+        tensor = torch.from_dlpack(array.__dlpack__() if on_cpu else array)
     _check_shared(array, tensor.data_ptr(), "torch")
     return tensor
 
@@ -92,7 +100,7 @@ def _import(name: str, extra: str) -> Any:
 
 
 def _check_shared(array: Exporter, address: int, consumer: str) -> None:
-    if array.size and address != array.data_ptr():
+    if address != array.data_ptr() and array.size:
         raise BufferError(
             f"{consumer} copied the array ({array.data_ptr():#x} became {address:#x}); to accept a copy, "
             "use its own conversion of to_numpy()"

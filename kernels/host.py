@@ -203,7 +203,9 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     regions = [*(_as_region(run) for run in runs[np.concatenate(alone)].tolist()), *strided]
 
     small = [region for region in regions if region.nbytes < SMALLEST_SHARED]
-    tasks = [partial(fill, [region], index, 0) for region in regions if region.nbytes >= SMALLEST_SHARED]
+    tasks: list[Callable[[], None]] = [
+        partial(fill, [region], index, 0) for region in regions if region.nbytes >= SMALLEST_SHARED
+    ]
     if lengths.sum() >= TWO_THREADS_TOUCH:
         tasks, scatters = scatters + tasks, []
 

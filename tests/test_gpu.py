@@ -65,7 +65,7 @@ class Memory:
 
     def __init__(self, place: backends.Place, nbytes: int) -> None:
         self.place, self.nbytes = place, nbytes
-        self._owner, self.address = place.module.full((nbytes,), np.dtype(np.uint8), b"\xee", place.ordinal, 0)
+        self._owner, self.address = place.module.full(nbytes, b"\xee", place.ordinal, 0)
 
     def poison(self) -> None:
         self.place.module.fill([Region(self.address, (self.nbytes,), (1,), b"\xee")], self.place.ordinal, 0)

@@ -2,77 +2,93 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.cases.pages import touch_and_free
-from benchmarks.cases.peers import ITEMSIZE, check_filled
+from benchmarks.cases.peers import ITEMSIZE
 from benchmarks.contest import VALUE, Case, Contender, Row
 
 #: A layer of a transformer of width 768: two norms, then the biases of attention and feed-forward.
 _LAYER = (768, 768, 2304, 768, 768, 768, 3072, 768)
 
+#: So many where neighbours are to differ: one run of the same value would be filled at once.
+_VALUES = 100
+
 _kept: list[Any] = []
 
-Maker = Callable[[list[int], bool], list[Any]]
+#: From lengths and values by name to arrays by name, or torch tensors.
+Maker = Callable[[dict[str, tuple[int, float]], bool], dict[str, Any]]
 
 
-def _gpuconst(lengths: list[int], as_torch: bool) -> list[Any]:
+def _gpuconst(asked: dict[str, tuple[int, float]], as_torch: bool) -> dict[str, Any]:
     import gpuconst
 
-    specs = {f"parameter.{index}": (length, VALUE, "float32") for index, length in enumerate(lengths)}
+    specs = {name: (length, value, "float32") for name, (length, value) in asked.items()}
     made = gpuconst.full_many(specs, device="cpu")
-    return [array.to_torch() for array in made.values()] if as_torch else list(made.values())
+    return {name: array.to_torch() for name, array in made.items()} if as_torch else made
 
 
-def _gpuconst_loop(lengths: list[int], as_torch: bool) -> list[Any]:
+def _gpuconst_loop(asked: dict[str, tuple[int, float]], as_torch: bool) -> dict[str, Any]:
     import gpuconst
 
-    full = gpuconst.full
+    full = functools.partial(gpuconst.full, dtype="float32", device="cpu")
     if as_torch:
-        return [full(length, VALUE, dtype="float32", device="cpu").to_torch() for length in lengths]
-    return [full(length, VALUE, dtype="float32", device="cpu") for length in lengths]
+        return {name: full(length, value).to_torch() for name, (length, value) in asked.items()}
+    return {name: full(length, value) for name, (length, value) in asked.items()}
 
 
-def _numpy(lengths: list[int], as_torch: bool) -> list[Any]:
+def _numpy(asked: dict[str, tuple[int, float]], as_torch: bool) -> dict[str, Any]:
     import numpy as np
 
     if as_torch:
         import torch
 
-        return [torch.from_numpy(np.full(length, VALUE, np.float32)) for length in lengths]
-    return [np.full(length, VALUE, np.float32) for length in lengths]
+        return {name: torch.from_numpy(np.full(length, value, np.float32)) for name, (length, value) in asked.items()}
+    return {name: np.full(length, value, np.float32) for name, (length, value) in asked.items()}
 
 
-def _torch(lengths: list[int], as_torch: bool) -> list[Any]:
+def _torch(asked: dict[str, tuple[int, float]], as_torch: bool) -> dict[str, Any]:
     import torch
 
-    return [torch.full((length,), VALUE, dtype=torch.float32) for length in lengths]
+    return {name: torch.full((length,), value, dtype=torch.float32) for name, (length, value) in asked.items()}
 
 
-def _measured(maker: Maker) -> Callable[[int, bool], Callable[[], float]]:
+def _measured(maker: Maker) -> Callable[..., Callable[[], float]]:
     """Return what makes a function that returns the seconds in which a contender made all arrays."""
 
-    def make(count: int, as_torch: bool) -> Callable[[], float]:
-        lengths = list(itertools.islice(itertools.cycle(_LAYER), count))
-        maker([1], as_torch)  # what the library does only once is in another case
+    def make(count: int, different: int, as_torch: bool) -> Callable[[], float]:
+        asked = {
+            f"parameter.{index}": (length, VALUE + index % different)
+            for index, length in zip(range(count), itertools.cycle(_LAYER))
+        }
+        maker({"parameter": (1, VALUE)}, as_torch)  # what the library does only once is in another case
 
         def measure() -> float:
-            touch_and_free(ITEMSIZE * sum(lengths))
+            touch_and_free(ITEMSIZE * sum(length for length, _ in asked.values()))
             start = time.perf_counter()
-            made = maker(lengths, as_torch)
+            made = maker(asked, as_torch)
             seconds = time.perf_counter() - start
-            assert [array.shape[0] for array in made] == lengths
-            for array in made:
-                check_filled(array)
+            _check(made, asked)
             _kept.append(made)
             return seconds
 
         return measure
 
     return make
+
+
+def _check(made: dict[str, Any], asked: dict[str, tuple[int, float]]) -> None:
+    """Raise AssertionError unless there is an array of each name, with its length and value."""
+    import numpy as np
+
+    assert list(made) == list(asked), "the names differ"
+    for array, (length, value) in zip(made.values(), asked.values(), strict=True):
+        expected = np.full(length, value, np.float32)
+        assert np.array_equal(np.asarray(array), expected), f"found {array}, expected {length} times {value}"
 
 
 _CONTENDERS = [
@@ -84,11 +100,15 @@ _CONTENDERS = [
 
 
 def rows(quick: bool) -> list[Row]:
-    """Return a row for arrays, and one for torch tensors."""
+    """Return a row for arrays of one value, one for arrays of many, and one for torch tensors."""
     count = 100 if quick else 10_000
     return [
-        Row(f"{count:,} arrays", _CONTENDERS, {"count": count, "as_torch": False}),
-        Row(f"{count:,} arrays, as torch tensors", _CONTENDERS, {"count": count, "as_torch": True}),
+        Row(label, _CONTENDERS, {"count": count, "different": different, "as_torch": as_torch})
+        for label, different, as_torch in [
+            (f"{count:,} arrays", 1, False),
+            (f"{count:,} arrays of {_VALUES} values in turn", _VALUES, False),
+            (f"{count:,} arrays, as torch tensors", 1, True),
+        ]
     ]
 
 
