@@ -229,7 +229,8 @@ def _triple(entry: tuple[str, Any]) -> tuple[Any, Any, Any]:
 def _resolved(names: Sequence[str], dtypes: Sequence[Any], values: Sequence[Any]) -> list[DType]:
     """Return the row of each dtype, of None that of the value."""
     # By identity: among thousands few are different, and some that are different equal each other.
-    known = dict(zip(map(id, dtypes), dtypes, strict=True))
+    keys = list(map(id, dtypes))
+    known = dict(zip(keys, dtypes, strict=True))
     if id(None) in known:
         return _each(
             names, lambda dtype, value: default_dtype(value) if dtype is None else resolve_dtype(dtype), dtypes, values
@@ -238,7 +239,7 @@ def _resolved(names: Sequence[str], dtypes: Sequence[Any], values: Sequence[Any]
         rows = {key: resolve_dtype(dtype) for key, dtype in known.items()}
     except TypeError:
         return _each(names, resolve_dtype, dtypes)
-    return list(map(rows.__getitem__, map(id, dtypes)))
+    return list(map(rows.__getitem__, keys))
 
 
 def _measured(
@@ -246,8 +247,11 @@ def _measured(
 ) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Return each shape as a tuple of ints, and the bytes that it takes."""
     itemsizes = np.fromiter(map(attrgetter("itemsize"), rows), np.uint64, len(rows))
-    if set(map(type, shapes)) == {int} and min(shapes) >= 0 and max(shapes) < 2**58:  # of 16 bytes: no overflow
-        return list(zip(shapes, strict=True)), np.fromiter(shapes, np.uint64, len(shapes)) * itemsizes
+    if set(map(type, shapes)) == {int}:
+        with contextlib.suppress(OverflowError):  # negative, or too large to count
+            lengths = np.fromiter(shapes, np.uint64, len(shapes))
+            if lengths.max() < 2**58:  # elements have 16 bytes at most
+                return list(zip(shapes, strict=True)), lengths * itemsizes
     dims = _each(names, check_shape, shapes, itemsizes.tolist())
     return dims, np.fromiter(map(math.prod, dims), np.uint64, len(dims)) * itemsizes
 

@@ -112,15 +112,15 @@ def reserve(nbytes: int) -> tuple[Map, int, bool]:
 
 
 def _recycled(nbytes: int) -> _Block | None:
-    """Return a recent block that fits and that nothing lives in, taken out, or None."""
+    """Return the last block that fits and that nothing lives in, taken out, or None."""
     for _ in range(len(_recent)):
         try:
-            block = _recent.popleft()
+            block = _recent.pop()  # what was used last may still be in the cache
         except IndexError:  # another thread was faster
             return None
         if nbytes <= block.nbytes <= 2 * nbytes and getrefcount(block.memory) == block.idle_references:
             return block
-        _recent.append(block)
+        _recent.appendleft(block)
     return None
 
 
