@@ -11,6 +11,7 @@ import torch
 
 from .dtypes import DType
 from .kernels import host
+from .kernels.host_threads import share
 
 __all__ = ["HostTensor", "host_tensors"]
 
@@ -65,7 +66,7 @@ def host_tensors(specs: Sequence[HostTensor]) -> list[torch.Tensor]:
         for position, (spec, size) in enumerate(zip(specs, sizes, strict=True))
         if spec.element is not None and size >= host.SMALLEST_SHARED
     ]
-    host.share([functools.partial(make, position) for position in large])
+    share([functools.partial(make, position) for position in large])
     for position, carrier in enumerate(carriers):
         if carrier is None:
             make(position)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import functools
 import itertools
-import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .host_memory import Map, reserve
+from .host_threads import share
 from .runs import TILE, Region, normalised
 
 #: Fewer than `BY_ROWS` bytes are made by Python's own repetition of the element and copied where they go, in a
@@ -23,9 +21,8 @@ from .runs import TILE, Region, normalised
 #: copied over and over: NumPy copies a row with memcpy, faster than it stores.
 BY_ROWS = 32 << 10
 ROW = 16 << 10
-#: From this many bytes on, two threads fill: memory that has been touched before, and memory that has not,
-#: whose first touch is bound by the page faults of one core.
-TWO_THREADS, TWO_THREADS_TOUCH = 8 << 20, 4 << 20
+#: From this many bytes on, two threads fill: below, to wake the second takes as long as it spares.
+TWO_THREADS = 4 << 20
 #: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
 SMALLEST_SHARED = 1 << 20
 #: What a thread takes of an array at a time, a huge page: one that gets no core, or late, leaves more to the other.
@@ -108,7 +105,7 @@ def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int
     """
     memory, address, zeroed = reserve(nbytes)
     if not zeroed or any(element):
-        _fill_stretch(address, nbytes, element, TWO_THREADS_TOUCH if zeroed else TWO_THREADS)
+        fill_stretch(address, nbytes, element)
     return memory, address
 
 
@@ -140,7 +137,7 @@ def assign(array: np.ndarray, element: bytes) -> None:
         As long as an element of the array.
     """
     if array.nbytes >= BY_ROWS and array.flags.c_contiguous:
-        _fill_rows(array, 0, array.nbytes, element, TWO_THREADS)
+        _fill_rows(array, 0, array.nbytes, element)
     else:
         array[...] = _element(element, array.dtype)
 
@@ -157,13 +154,9 @@ def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
     element : bytes
         The element.
     """
-    _fill_stretch(address, nbytes, element, TWO_THREADS)
-
-
-def _fill_stretch(address: int, nbytes: int, element: bytes, two_threads: int) -> None:
     start = address - _ORIGIN
     if nbytes >= BY_ROWS:
-        _fill_rows(_MEMORY, start, nbytes, element, two_threads)
+        _fill_rows(_MEMORY, start, nbytes, element)
     elif nbytes:  # or the address may be null
         _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
 
@@ -206,7 +199,7 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     tasks: list[Callable[[], None]] = [
         partial(fill, [region], index, 0) for region in regions if region.nbytes >= SMALLEST_SHARED
     ]
-    if lengths.sum() >= TWO_THREADS_TOUCH:
+    if lengths.sum() >= TWO_THREADS:
         tasks, scatters = scatters + tasks, []
 
     def run(stream: int) -> None:
@@ -244,67 +237,15 @@ def _as_region(run: tuple[int, ...]) -> Region:
     return Region(address, (count, nbytes // unit), (pitch, unit), element)
 
 
-def _fill_rows(buffer: Any, offset: int, nbytes: int, element: bytes, two_threads: int) -> None:
-    """Fill at least `ROW` bytes of a buffer, from `two_threads` bytes on by two threads."""
-    if nbytes < two_threads:
+def _fill_rows(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
+    """Fill at least `ROW` bytes of a buffer, from `TWO_THREADS` bytes on by two threads."""
+    if nbytes < TWO_THREADS:
         _copy_rows(buffer, offset, nbytes, element)
         return
     end = offset + nbytes
     starts = [min(at, end - ROW) for at in range(offset, end, PIECE)]
     stops = [*range(offset + PIECE, end, PIECE), end]
     share([partial(_copy_rows, buffer, at, to - at, element) for at, to in zip(starts, stops, strict=True)])
-
-
-def share(tasks: Sequence[Callable[[], None]]) -> None:
-    """Run tasks by two threads, of which whichever is free takes the next.
-
-    By one, where another call has the second thread already: nobody gains by more than there are cores.
-
-    Parameters
-    ----------
-    tasks : sequence of callable
-        Each of which may run on any thread, while another does.
-    """
-    left, errors = iter(tasks), list[BaseException]()
-    done = _thread.allocate_lock()
-
-    def run() -> None:
-        for task in left:
-            task()
-
-    def help() -> None:
-        try:
-            run()
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            done.release()
-
-    second_thread = _second_thread
-    if len(tasks) < 2 or _cores() < 2 or not second_thread.acquire(blocking=False):
-        run()
-        return
-    try:
-        done.acquire()
-        # A thread for each call: a pool would be missing in a forked child. And without an object: `threading`
-        # waits until it has started, which takes as long as 2 MiB.
-        try:
-            _thread.start_new_thread(help, ())
-        except RuntimeError:  # the system has none left, or the interpreter is ending
-            done.release()
-        try:
-            run()
-        finally:
-            done.acquire()  # an interrupt must not leave it writing into memory that is then given back
-    finally:
-        second_thread.release()
-    if errors:
-        raise errors[0]
-
-
-_second_thread = threading.Lock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: globals().update(_second_thread=threading.Lock()))
 
 
 def _copy_rows(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
@@ -324,13 +265,6 @@ def _element(element: bytes, dtype: np.dtype[Any]) -> np.ndarray:
 @functools.lru_cache(maxsize=8)
 def _row(element: bytes) -> np.ndarray:
     return np.frombuffer(element * (ROW // len(element)), _BYTES)
-
-
-@functools.cache
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None:

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 
 import gpuconst
-from gpuconst.kernels import host
+from gpuconst.kernels import host, host_threads
 
-needs_two_cores = pytest.mark.skipif(host._cores() < 2, reason="one core: everything runs on the calling thread")
+needs_two_cores = pytest.mark.skipif(host_threads.cores() < 2, reason="one core: everything runs on the calling thread")
 
 
 def test_each_task_runs_once() -> None:
     done: list[int] = []
-    host.share([functools.partial(done.append, number) for number in range(1000)])
+    host_threads.share([functools.partial(done.append, number) for number in range(1000)])
     assert sorted(done) == list(range(1000))
 
 
 @needs_two_cores
 def test_two_threads_take_part() -> None:
     together = threading.Barrier(2, timeout=30)
-    host.share([together.wait, together.wait])  # neither ends before the other has begun
+    host_threads.share([together.wait, together.wait])  # neither ends before the other has begun
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
@@ -39,9 +39,9 @@ def test_an_error_is_raised_when_both_threads_have_ended(bad: int) -> None:
         ended.append(number)
 
     with pytest.raises(MemoryError, match=f"no room for {bad}"):
-        host.share([functools.partial(task, number) for number in range(3)])
+        host_threads.share([functools.partial(task, number) for number in range(3)])
     count = len(ended)
-    host.share([functools.partial(ended.append, 9)] * 2)
+    host_threads.share([functools.partial(ended.append, 9)] * 2)
     assert len(ended) == count + 2
 
 
@@ -55,10 +55,96 @@ def test_no_third_thread() -> None:
 
     def outer() -> None:
         together.wait()
-        host.share([inner] * 50)
+        host_threads.share([inner] * 50)
 
-    host.share([outer, outer])
+    host_threads.share([outer, outer])
     assert len(threads) == 2
+
+
+def _idents() -> set[int]:
+    together, idents = threading.Barrier(2, timeout=30), set[int]()
+
+    def task() -> None:
+        idents.add(threading.get_ident())
+        together.wait()
+
+    host_threads.share([task, task])
+    return idents
+
+
+@needs_two_cores
+def test_the_second_thread_is_kept() -> None:
+    idents = _idents()
+    assert len(idents) == 2
+    assert _idents() == idents
+
+
+@needs_two_cores
+def test_an_interrupt_waits_for_the_second_thread(run_python: Callable[..., Any]) -> None:
+    """Else it would write into memory that the caller has given back."""
+    run_python(
+        """
+        import signal, threading, time
+        from gpuconst.kernels import host_threads
+
+        together, ended = threading.Barrier(2, timeout=30), []
+
+        def task():
+            together.wait()
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(1)
+                ended.append(True)
+
+        def interrupt(signal, frame):
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        try:
+            host_threads.share([task, task])
+        except KeyboardInterrupt:
+            assert ended
+        else:
+            raise AssertionError("the interrupt was lost")
+        together.reset()
+        host_threads.share([together.wait, together.wait])  # it goes on serving
+        """
+    )
+
+
+@needs_two_cores
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not tell a process' threads")
+def test_no_thread_is_left_where_the_process_forks(run_python: Callable[..., Any]) -> None:
+    """From Python 3.12 on a fork with other threads is warned of."""
+    run_python(
+        """
+        import os, threading, time
+        from gpuconst.kernels import host_threads
+
+        def threads():
+            return len(os.listdir("/proc/self/task"))
+
+        def use_both():
+            together = threading.Barrier(2, timeout=30)
+            host_threads.share([together.wait, together.wait])
+
+        before = threads()
+        use_both()
+        assert threads() == before + 1
+        child = os.fork()
+        if not child:
+            try:
+                use_both()
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        deadline = time.monotonic() + 30
+        while threads() > before:
+            assert time.monotonic() < deadline
+        assert os.waitpid(child, 0)[1] == 0
+        use_both()
+        """
+    )
 
 
 @pytest.mark.parametrize("more", [0, 1, 12345])
@@ -76,7 +162,7 @@ def test_a_child_forked_meanwhile_has_a_second_thread_of_its_own(run_python: Cal
     run_python(
         """
         import os, threading
-        from gpuconst.kernels import host
+        from gpuconst.kernels import host_threads
 
         forked = []
 
@@ -85,13 +171,13 @@ def test_a_child_forked_meanwhile_has_a_second_thread_of_its_own(run_python: Cal
             if not child:
                 try:
                     together = threading.Barrier(2, timeout=30)
-                    host.share([together.wait, together.wait] if host._cores() > 1 else [int, int])
+                    host_threads.share([together.wait, together.wait] if host_threads.cores() > 1 else [int, int])
                 except BaseException:
                     os._exit(1)
                 os._exit(0)
             forked.append(child)
 
-        host.share([fork, int])
+        host_threads.share([fork, int])
         assert os.waitpid(forked[0], 0)[1] == 0
         """
     )
