@@ -17,8 +17,8 @@ from benchmarks.contest import Case, Contender, MissingError
 
 #: Seconds that one sample of a loop takes, in a full run and in a quick one.
 SAMPLE, QUICK_SAMPLE = 0.01, 0.0005
-#: Seconds of rest before a sample: OpenMP's threads spin on for about as long, on the other core.
-REST = 0.002
+#: Seconds of rest before a sample: for about as long, OpenMP's threads spin on, on the other core.
+REST = 0.01
 
 
 class _Worker:

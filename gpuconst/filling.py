@@ -13,7 +13,7 @@ from .array import Array
 from .backends import Place, select
 from .batch import Batch, each_with_value, gather, writable_view
 from .dtypes import resolve_dtype
-from .kernels import host
+from .kernels import host_fill
 from .kernels.runs import Region
 from .streams import current_streams, stream_handle
 from .torch_rules import (
@@ -106,13 +106,13 @@ def _filled_at_sight(x: Any, fill_value: Any, is_torch: bool) -> bool:
     The closer look costs more than the fill of up to 64 KiB.
     """
     if type(x) is np.ndarray and x.flags.writeable:
-        host.assign(x, encode(fill_value, resolve_dtype(x.dtype)))
+        host_fill.assign(x, encode(fill_value, resolve_dtype(x.dtype)))
         return True
     found = stretch(x) if is_torch else None
     if found is None:
         return False
     address, nbytes, dtype = found
-    host.fill_stretch(address, nbytes, encode(fill_value, resolve_dtype(dtype)))
+    host_fill.fill_stretch(address, nbytes, encode(fill_value, resolve_dtype(dtype)))
     mark_stretch_written(x)
     return True
 

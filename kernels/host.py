@@ -3,41 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from .host_fill import MEMORY, ORIGIN, PIECE, TWO_THREADS, assign, fill_stretch
 from .host_memory import Map, reserve
 from .host_threads import share
 from .runs import TILE, Region, normalised
 
-#: Fewer than `BY_ROWS` bytes are made by Python's own repetition of the element and copied where they go, in a
-#: third of the time that a NumPy array of them takes to make and fill. From there on rows of `ROW` bytes are
-#: copied over and over: NumPy copies a row with memcpy, faster than it stores.
-BY_ROWS = 32 << 10
-ROW = 16 << 10
-#: From this many bytes on, two threads fill: below, to wake the second takes as long as it spares.
-TWO_THREADS = 4 << 20
 #: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
 SMALLEST_SHARED = 1 << 20
-#: What a thread takes of an array at a time, a huge page: one that gets no core, or late, leaves more to the other.
-PIECE = 2 << 20
 #: Runs of one length, of up to this many bytes, are scattered together from so many on; setting it up costs as
 #: much as so many fills.
 LONGEST_SCATTERED, FEWEST_SCATTERED = 16 << 10, 4
-
-# All of memory as one buffer, so that NumPy arrays can be laid over any address: building a ctypes
-# array type for each length instead would cost several times the fill of a small tensor. It starts
-# above the null page because NumPy takes a buffer at address 0 for none.
-_ORIGIN = 4096
-_MEMORY: Any = (ctypes.c_char * (sys.maxsize - _ORIGIN)).from_address(_ORIGIN)
-
-_BYTES_OF_MEMORY = memoryview(_MEMORY).cast("B")
 
 _UNSIGNED: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
@@ -46,7 +28,6 @@ _UNSIGNED: dict[int, np.dtype[Any]] = {
     8: np.dtype("u8"),
     16: np.dtype("V16"),
 }
-_BYTES = np.dtype("u1")
 
 
 def why_not(index: int) -> str | None:
@@ -123,42 +104,7 @@ def fill(regions: Sequence[Region], index: int, stream: int) -> None:
         address, shape, strides, element = normalised(region)
         if 0 not in shape:  # of an empty one the address may be null
             dtype = _UNSIGNED[len(element)]
-            assign(np.ndarray(shape, dtype, _MEMORY, address - _ORIGIN, strides), element)
-
-
-def assign(array: np.ndarray, element: bytes) -> None:
-    """Fill a NumPy array, which needs no address: `fill` by the shortest way.
-
-    Parameters
-    ----------
-    array : numpy.ndarray
-        Writable, of any dtype and strides.
-    element : bytes
-        As long as an element of the array.
-    """
-    if array.nbytes >= BY_ROWS and array.flags.c_contiguous:
-        _fill_rows(array, 0, array.nbytes, element)
-    else:
-        array[...] = _element(element, array.dtype)
-
-
-def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
-    """Fill one stretch of host memory: `fill` by the shortest way.
-
-    Parameters
-    ----------
-    address : int
-        Of the first byte; the caller vouches for it.
-    nbytes : int
-        A multiple of the element's length.
-    element : bytes
-        The element.
-    """
-    start = address - _ORIGIN
-    if nbytes >= BY_ROWS:
-        _fill_rows(_MEMORY, start, nbytes, element)
-    elif nbytes:  # or the address may be null
-        _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
+            assign(np.ndarray(shape, dtype, MEMORY, address - ORIGIN, strides), element)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
@@ -217,12 +163,12 @@ def _scatters(runs: np.ndarray) -> list[Callable[[], None]]:
     unit = min(nbytes & -nbytes, TILE)
     dtype = _UNSIGNED[unit]
     # Overlapping rows, one at each byte: an index is an address. So many that their bytes can be counted.
-    memory = np.ndarray((2**62 // nbytes, nbytes // unit), dtype, _MEMORY, 0, (1, unit))
+    memory = np.ndarray((2**62 // nbytes, nbytes // unit), dtype, MEMORY, 0, (1, unit))
     addresses = runs["address"].astype(np.int64)
     tiles = np.stack([runs["tile_low"], runs["tile_high"]], axis=1).view(np.uint8)
     if (addresses % TILE).any():
         tiles = np.take_along_axis(tiles, (addresses[:, None] + np.arange(TILE)) % TILE, axis=1)
-    offsets, elements = addresses - _ORIGIN, np.ascontiguousarray(tiles[:, :unit]).view(dtype)
+    offsets, elements = addresses - ORIGIN, np.ascontiguousarray(tiles[:, :unit]).view(dtype)
     step = max(1, PIECE // nbytes)
     pieces = [slice(start, start + step) for start in range(0, len(runs), step)]
     return [partial(memory.__setitem__, offsets[piece], elements[piece]) for piece in pieces]
@@ -235,36 +181,6 @@ def _as_region(run: tuple[int, ...]) -> Region:
     start = address % TILE
     element = tile[start : start + unit]
     return Region(address, (count, nbytes // unit), (pitch, unit), element)
-
-
-def _fill_rows(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
-    """Fill at least `ROW` bytes of a buffer, from `TWO_THREADS` bytes on by two threads."""
-    if nbytes < TWO_THREADS:
-        _copy_rows(buffer, offset, nbytes, element)
-        return
-    end = offset + nbytes
-    starts = [min(at, end - ROW) for at in range(offset, end, PIECE)]
-    stops = [*range(offset + PIECE, end, PIECE), end]
-    share([partial(_copy_rows, buffer, at, to - at, element) for at, to in zip(starts, stops, strict=True)])
-
-
-def _copy_rows(buffer: Any, offset: int, nbytes: int, element: bytes) -> None:
-    """Fill at least `ROW` bytes; the last row overlaps the one before where they are not a number of rows."""
-    row = _row(element)
-    np.ndarray((nbytes // ROW, ROW), _BYTES, buffer, offset)[...] = row
-    if nbytes % ROW:
-        np.ndarray((ROW,), _BYTES, buffer, offset + nbytes - ROW)[...] = row
-
-
-# Reading the bytes anew takes half as long as filling a small array with them.
-@functools.lru_cache(maxsize=64)
-def _element(element: bytes, dtype: np.dtype[Any]) -> np.ndarray:
-    return np.frombuffer(element, dtype)
-
-
-@functools.lru_cache(maxsize=8)
-def _row(element: bytes) -> np.ndarray:
-    return np.frombuffer(element * (ROW // len(element)), _BYTES)
 
 
 def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None:

@@ -20,7 +20,7 @@ from lying_capsules import DLPackOnly
 
 import gpuconst
 from gpuconst.dtypes import DTYPES
-from gpuconst.kernels import host
+from gpuconst.kernels import host_fill
 from gpuconst.views import view_of
 
 GUARD = 64
@@ -293,10 +293,27 @@ def test_bytes_are_the_raw_bits_of_an_element() -> None:
     assert (x.view(np.uint32) == 0x7FA00001).all()
 
 
-@pytest.mark.parametrize("offset", [0, 1, 8])
+@pytest.fixture(params=[True, False], ids=["by words", "by rows"])
+def words(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the C library's fill of words may be used; where it is none, all is filled by rows."""
+    if not request.param:
+        monkeypatch.setattr(host_fill, "_wmemset", lambda: None)
+
+
+LARGE = [
+    host_fill.BY_WORDS - 16,
+    host_fill.BY_WORDS,
+    host_fill.BY_ADDRESS - 16,
+    host_fill.BY_ADDRESS + 16,
+    31 * host_fill.ROW + 16 * 77,
+]
+
+
+@pytest.mark.usefixtures("words")
+@pytest.mark.parametrize("offset", [0, 1, 4, 8])
 @pytest.mark.parametrize("dtype", ["uint8", "bfloat16", "float32", "float64", "complex128"])
-@pytest.mark.parametrize("nbytes", [host.BY_ROWS - 16, host.BY_ROWS, host.BY_ROWS + 16, 11 * host.ROW + 16 * 77])
-def test_large_arrays_are_filled_by_rows(nbytes: int, dtype: str, offset: int) -> None:
+@pytest.mark.parametrize("nbytes", LARGE)
+def test_large_arrays(nbytes: int, dtype: str, offset: int) -> None:
     memory, target = guarded((nbytes // DTYPES[dtype].itemsize,), dtype, offset)
     gpuconst.fill(target, value_of(dtype))
     found = memory.copy()
@@ -305,9 +322,38 @@ def test_large_arrays_are_filled_by_rows(nbytes: int, dtype: str, offset: int) -
     assert np.array_equal(found, memory)
 
 
-@pytest.mark.parametrize("more", [0, 16, host.ROW, 3 * host.ROW + 5 * 16])
+@pytest.mark.usefixtures("words")
+@pytest.mark.parametrize("more", [1, 2, 3, 77])
+def test_large_arrays_that_are_no_number_of_words(more: int) -> None:
+    memory, target = guarded((host_fill.BY_ADDRESS + more,), "uint8", 4)
+    gpuconst.fill(target, 7)
+    assert (target == 7).all()
+    assert np.array_equal(memory[: GUARD + 4], noise(GUARD + 4))
+    assert np.array_equal(memory[-GUARD:], noise(memory.size)[-GUARD:])
+
+
+@pytest.mark.parametrize(
+    ("element", "word"),
+    [
+        (b"\x01", 0x01010101),
+        (b"\x01\x02", 0x02010201),
+        (b"\x01\x02\x03\x04", 0x04030201),
+        (b"\x01\x02\x03\x04" * 2, 0x04030201),
+        (b"\x01\x02\x03\x04" * 4, 0x04030201),
+        (bytes(16), 0),
+        (b"\x01\x02\x03\x04\x01\x02\x03\x05", None),
+        (b"\x01\x02\x03\x04" * 3 + b"\x01\x02\x03\x05", None),
+    ],
+)
+def test_which_elements_are_made_of_one_word(element: bytes, word: int | None) -> None:
+    expected = word if word is None or sys.byteorder == "little" else int.from_bytes(word.to_bytes(4, "little"), "big")
+    assert host_fill._word(element) == expected
+
+
+@pytest.mark.usefixtures("words")
+@pytest.mark.parametrize("more", [0, 16, host_fill.ROW, 3 * host_fill.ROW + 5 * 16])
 def test_very_large_arrays_are_filled_by_two_threads(more: int) -> None:
-    memory, target = guarded(((host.TWO_THREADS + more) // 16,), "complex128", 3)
+    memory, target = guarded(((host_fill.TWO_THREADS + more) // 16,), "complex128", 3)
     gpuconst.fill(target, value_of("complex128"))
     element = np.frombuffer(element_of("complex128").tobytes(), np.uint8)
     inside = memory[GUARD + 3 : -GUARD].reshape(-1, 16)
@@ -327,7 +373,7 @@ def test_large_strided_arrays(layout: Callable[[np.ndarray], np.ndarray]) -> Non
 
 def test_threads_fill_arrays_of_their_own() -> None:
     wrong: list[int] = []
-    sizes = [1, 100, 6400, host.BY_ROWS // 4, host.BY_ROWS]
+    sizes = [1, 100, 6400, host_fill.BY_ADDRESS // 4, host_fill.BY_ADDRESS]
 
     def work(value: int) -> None:
         arrays = [np.zeros(size, np.int32) for size in sizes] + [torch.zeros(10, 10, dtype=torch.int32)]

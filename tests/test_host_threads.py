@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpuconst
-from gpuconst.kernels import host, host_threads
+from gpuconst.kernels import host_fill, host_threads
 
 needs_two_cores = pytest.mark.skipif(host_threads.cores() < 2, reason="one core: everything runs on the calling thread")
 
@@ -149,7 +149,7 @@ def test_no_thread_is_left_where_the_process_forks(run_python: Callable[..., Any
 
 @pytest.mark.parametrize("more", [0, 1, 12345])
 def test_every_byte_is_filled(more: int) -> None:
-    size = host.TWO_THREADS // 4 + more
+    size = host_fill.TWO_THREADS // 4 + more
     values = np.zeros(size + 8, np.float32)
     gpuconst.fill(values[4:-4], 1.1)
     assert (values[4:-4] == np.float32(1.1)).all()
@@ -190,7 +190,7 @@ def test_when_the_interpreter_ends(run_python: Callable[..., Any]) -> None:
         import atexit, gpuconst
         import numpy as np
 
-        x = np.zeros({host.TWO_THREADS // 4 + 1}, np.float32)
+        x = np.zeros({host_fill.TWO_THREADS // 4 + 1}, np.float32)
         atexit.register(lambda: print(int(gpuconst.fill(x, 2.0).sum()) == 2 * x.size))
         """
     )
