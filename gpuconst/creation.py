@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
@@ -79,11 +78,10 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
            [0.100098, 0.100098, 0.100098]], dtype=bfloat16)
     """
     row = default_dtype(fill_value) if dtype is None else resolve_dtype(dtype)
-    dims = check_shape(shape, row.itemsize)
+    dims, nbytes = check_shape(shape, row.itemsize)
     element = encode(fill_value, row)
     place = select(device)
     handle = 0 if stream is None else stream_handle(stream, place)
-    nbytes = math.prod(dims) * row.itemsize
     memory, address = place.module.full(nbytes, element, place.ordinal, handle)
     return Array(memory, address, dims, row, place, handle)
 
@@ -246,14 +244,14 @@ def _measured(
     names: Sequence[str], shapes: Sequence[Any], rows: Sequence[DType]
 ) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """Return each shape as a tuple of ints, and the bytes that it takes."""
-    itemsizes = np.fromiter(map(attrgetter("itemsize"), rows), np.uint64, len(rows))
+    itemsizes = list(map(attrgetter("itemsize"), rows))
     if set(map(type, shapes)) == {int}:
         with contextlib.suppress(OverflowError):  # negative, or too large to count
             lengths = np.fromiter(shapes, np.uint64, len(shapes))
             if lengths.max() < 2**58:  # elements have 16 bytes at most
-                return list(zip(shapes, strict=True)), lengths * itemsizes
-    dims = _each(names, check_shape, shapes, itemsizes.tolist())
-    return dims, np.fromiter(map(math.prod, dims), np.uint64, len(dims)) * itemsizes
+                return list(zip(shapes, strict=True)), lengths * np.fromiter(itemsizes, np.uint64, len(rows))
+    measured = _each(names, check_shape, shapes, itemsizes)
+    return [dims for dims, _ in measured], np.fromiter(map(itemgetter(1), measured), np.uint64, len(measured))
 
 
 def _each(names: Iterable[str], function: Callable[..., T], *columns: Sequence[Any]) -> list[T]:

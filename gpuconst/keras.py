@@ -194,7 +194,7 @@ def _read_shape(shape: Any) -> tuple[int, ...] | None:
             "layer's build(), from the dimensions that are known there, or give every dimension as an int"
         )
     if all(isinstance(length, int | float | str | bytes | np.generic | np.ndarray) for length in lengths):
-        return check_shape(shape, 1)
+        return check_shape(shape, 1)[0]
     return None
 
 

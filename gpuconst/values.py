@@ -33,15 +33,16 @@ _CODES: dict[tuple[type, DType], str] = {
         )
     },
 }
-_PACK: dict[tuple[type, DType], Callable[[Any], bytes]] = {
-    key: struct.Struct(f"={code}").pack for key, code in _CODES.items()
+_PACK: dict[DType, dict[type, Callable[[Any], bytes]]] = {
+    dtype: {kind: struct.Struct(f"={code}").pack for (kind, its), code in _CODES.items() if its is dtype}
+    for dtype in DTYPES.values()
 }
 
 _DEFAULTS = {bool: DTYPES["bool"], float: DTYPES["float32"], complex: DTYPES["complex64"]}
 
 
-def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
-    """Return `shape` as a tuple of ints.
+def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
+    """Return `shape` as a tuple of ints, and the bytes that it takes.
 
     Parameters
     ----------
@@ -52,7 +53,10 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
 
     Returns
     -------
-    tuple of int
+    dims : tuple of int
+        The shape.
+    nbytes : int
+        Of all elements.
 
     Raises
     ------
@@ -64,7 +68,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
         If the array would have more than ``2**63 - 1`` bytes.
     """
     if type(shape) is int and 0 <= shape <= _MAX_BYTES // itemsize:
-        return (shape,)
+        return (shape,), shape * itemsize
     if type(shape) is tuple:
         nbytes = itemsize
         for length in shape:
@@ -73,7 +77,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
             nbytes *= length
         else:
             if nbytes <= _MAX_BYTES and len(shape) <= _MAX_NDIM:
-                return shape
+                return shape, nbytes
     dims = _dimensions(shape)
     for length in dims:
         if length < 0:
@@ -83,7 +87,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
     # Zero-size shapes are held to the same limit, as NumPy does: strides must stay representable.
     if math.prod(length for length in dims if length) * itemsize > _MAX_BYTES:
         raise OverflowError(f"shape {dims} with {itemsize}-byte elements has more than 2**63 - 1 bytes")
-    return dims
+    return dims, math.prod(dims) * itemsize
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
@@ -168,7 +172,7 @@ def encode(value: Any, dtype: DType) -> bytes:
     ValueError
         If ``bytes`` are not ``dtype.itemsize`` long.
     """
-    pack = _PACK.get((type(value), dtype))
+    pack = _PACK[dtype].get(type(value))
     if pack is not None:
         try:
             return pack(value)

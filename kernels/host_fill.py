@@ -51,11 +51,14 @@ def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
     element : bytes
         The element.
     """
-    if nbytes >= TWO_THREADS:
+    if nbytes < BY_WORDS:
+        start = address - ORIGIN
+        _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
+    elif nbytes < TWO_THREADS:
+        _store(address, nbytes, element)
+    else:
         end = address + nbytes
-        share([partial(_fill, at, min(PIECE, end - at), element) for at in range(address, end, PIECE)])
-    elif nbytes:  # or the address may be null
-        _fill(address, nbytes, element)
+        share([partial(_store, at, min(PIECE, end - at), element) for at in range(address, end, PIECE)])
 
 
 def assign(array: np.ndarray, element: bytes) -> None:
@@ -74,18 +77,16 @@ def assign(array: np.ndarray, element: bytes) -> None:
         array[...] = _scalar(element, array.dtype)
 
 
-def _fill(address: int, nbytes: int, element: bytes) -> None:
-    start = address - ORIGIN
-    if nbytes >= BY_WORDS:
-        word, store = _word(element), _wmemset()
-        if word is not None and store is not None and not address % 4:
-            store(address, word, nbytes // 4)
-            start, nbytes = start + nbytes - nbytes % 4, nbytes % 4
-        else:
-            row = _row(element)
-            np.ndarray((nbytes // ROW, ROW), np.uint8, MEMORY, start)[...] = row
-            start, nbytes = start + nbytes - nbytes % ROW, nbytes % ROW
-    _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
+def _store(address: int, nbytes: int, element: bytes) -> None:
+    word, store = _word(element), _wmemset()
+    if word is not None and store is not None and not address % 4:
+        rest = nbytes % 4
+        store(address, word, nbytes // 4)
+    else:
+        rows, rest = divmod(nbytes, ROW)
+        np.ndarray((rows, ROW), np.uint8, MEMORY, address - ORIGIN)[...] = _row(element)
+    if rest:
+        fill_stretch(address + nbytes - rest, rest, element)
 
 
 @functools.cache
