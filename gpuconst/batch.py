@@ -110,7 +110,7 @@ def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None
         found = read([arrays[index] for index in chosen] if len(chosen) < len(arrays) else arrays)
         plain = np.flatnonzero(found.plain)
         positions = np.fromiter(chosen, np.int64, len(chosen))[plain]
-        for device in np.unique(found.devices[plain]).tolist():
+        for device in sorted(set(found.devices[plain].tolist())):
             these = found.devices[plain] == device
             parts.append(_plain_part(found, plain[these], positions[these], fill_values, values))
         rest[positions] = False

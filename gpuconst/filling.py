@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,9 @@ from .views import extents
 __all__ = ["FillPlan", "fill", "fill_many", "plan_fill"]
 
 _log = logging.getLogger("gpuconst")
+
+#: Up to so many arrays are worth a look at whether they can be filled in turn.
+FEW = 200
 
 T = TypeVar("T")
 
@@ -157,9 +161,37 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
         eagerly(fill_many, xs, fill_values, stream=stream)
         return
     start = time.perf_counter()
-    arrays, steps = _prepared(xs, fill_values, stream)
+    arrays, values = each_with_value(xs, fill_values)
+    if stream is None and _filled_in_turn(arrays, repeat(fill_values) if values is None else values):
+        _log_done("filled", len(arrays), sum(x.nbytes for x in arrays), 1, start)
+        return
+    steps = _prepared(arrays, fill_values, values, stream)
     _fill(steps, stream, _tensors(arrays))
-    _log_done("filled", arrays, steps, start)
+    _log_done("filled", len(arrays), sum(step.nbytes for step in steps), len(steps), start)
+
+
+def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
+    """Fill a few small ordinary CPU tensors, which make no launch worth preparing, and say whether all were such.
+
+    To prepare one takes as long as to fill a hundred of them. What is wrong with any is for the long way to say.
+    """
+    if len(arrays) > FEW or not all(map(is_tensor, arrays)):
+        return False
+    check_eager()
+    stretches = []
+    for x, value in zip(arrays, values, strict=False):
+        found = stretch(x)
+        if found is None or found[1] >= host_fill.SMALLEST_SHARED:
+            return False
+        try:
+            stretches.append((*found[:2], encode(value, resolve_dtype(found[2]))))
+        except (TypeError, ValueError, OverflowError):
+            return False
+    for each in stretches:
+        host_fill.fill_stretch(*each)
+    if arrays:
+        mark_written(arrays)
+    return True
 
 
 def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
@@ -210,13 +242,14 @@ class FillPlan:
 
     def __init__(self, xs: Iterable[Any], fill_values: Any) -> None:
         start = time.perf_counter()
-        self._arrays, self._steps = _prepared(xs, fill_values, None)
+        self._arrays, values = each_with_value(xs, fill_values)
+        self._steps = _prepared(self._arrays, fill_values, values, None)
         for step in self._steps:
             step.settle()
         self._tensors = _tensors(self._arrays)
         self._restricted = restricted(self._tensors)
         self._extents = extents(self._arrays)
-        _log_done("planned to fill", self._arrays, self._steps, start)
+        self._log_done("planned to fill", start)
 
     def fill(self, stream: Any = None) -> None:
         """Fill the arrays.
@@ -245,7 +278,7 @@ class FillPlan:
             check_writable(tensor)
         _check_stream(stream, self._steps)
         _fill(self._steps, stream, self._tensors)
-        _log_done("filled", self._arrays, self._steps, start)
+        self._log_done("filled", start)
 
     def stale(self) -> list[int]:
         """Return the indices of the arrays whose memory is not where it was when the plan was made.
@@ -257,6 +290,9 @@ class FillPlan:
         """
         here = extents(self._arrays)
         return [index for index, (then, now) in enumerate(zip(self._extents, here, strict=True)) if then != now]
+
+    def _log_done(self, what: str, start: float) -> None:
+        _log_done(what, len(self._arrays), sum(step.nbytes for step in self._steps), len(self._steps), start)
 
     def __repr__(self) -> str:
         devices = ", ".join(dict.fromkeys(step.place.device for step in self._steps))
@@ -313,14 +349,13 @@ class _Step:
         return handles[0], handles[1:]
 
 
-def _prepared(xs: Iterable[Any], fill_values: Any, stream: Any) -> tuple[list[Any], list[_Step]]:
+def _prepared(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None, stream: Any) -> list[_Step]:
     """Check everything and prepare every step, table and memory included, so that none is filled if one cannot be."""
-    arrays, values = each_with_value(xs, fill_values)
     steps = [_Step(select(batch.device), batch, arrays) for batch in gather(arrays, fill_values, values)]
     _check_stream(stream, steps)
     for step in steps:
         step.prepare(stream)
-    return arrays, steps
+    return steps
 
 
 def _fill(steps: Sequence[_Step], stream: Any, tensors: Sequence[Any]) -> None:
@@ -343,12 +378,6 @@ def _tensors(arrays: Sequence[Any]) -> list[Any]:
     return list(arrays) if len(positions) == len(arrays) else [arrays[position] for position in positions]
 
 
-def _log_done(what: str, arrays: Sequence[Any], steps: Sequence[_Step], start: float) -> None:
-    _log.debug(
-        "%s %d arrays, %d bytes, in %d batches; took %.6f s",
-        what,
-        len(arrays),
-        sum(step.nbytes for step in steps),
-        len(steps),
-        time.perf_counter() - start,
-    )
+def _log_done(what: str, arrays: int, nbytes: int, batches: int, start: float) -> None:
+    seconds = time.perf_counter() - start
+    _log.debug("%s %d arrays, %d bytes, in %d batches; took %.6f s", what, arrays, nbytes, batches, seconds)

@@ -11,6 +11,7 @@ import torch
 
 from .dtypes import DType
 from .kernels import host
+from .kernels.host_fill import SMALLEST_SHARED
 from .kernels.host_threads import share
 
 __all__ = ["HostTensor", "host_tensors"]
@@ -64,7 +65,7 @@ def host_tensors(specs: Sequence[HostTensor]) -> list[torch.Tensor]:
     large = [
         position
         for position, (spec, size) in enumerate(zip(specs, sizes, strict=True))
-        if spec.element is not None and size >= host.SMALLEST_SHARED
+        if spec.element is not None and size >= SMALLEST_SHARED
     ]
     share([functools.partial(make, position) for position in large])
     for position, carrier in enumerate(carriers):

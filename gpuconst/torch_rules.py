@@ -225,6 +225,8 @@ def columns(tensors: Sequence[Any]) -> Columns:
     Columns
     """
     chunks = [_columns(tensors[start : start + _AT_A_TIME]) for start in range(0, len(tensors), _AT_A_TIME)]
+    if len(chunks) == 1:
+        return chunks[0]
     plain, addresses, nbytes, devices, dtypes = zip(*chunks, strict=True)
     return Columns(
         np.concatenate(plain),

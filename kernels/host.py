@@ -6,17 +6,15 @@ import ctypes
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .host_fill import MEMORY, ORIGIN, PIECE, TWO_THREADS, assign, fill_stretch
+from .host_fill import MEMORY, ORIGIN, PIECE, SMALLEST_SHARED, TWO_THREADS, assign, fill_stretch
 from .host_memory import Map, reserve
 from .host_threads import share
 from .runs import TILE, Region, normalised
 
-#: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
-SMALLEST_SHARED = 1 << 20
 #: Runs of one length, of up to this many bytes, are scattered together from so many on; setting it up costs as
 #: much as so many fills.
 LONGEST_SCATTERED, FEWEST_SCATTERED = 16 << 10, 4
@@ -127,37 +125,59 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     callable
         Takes the stream, 0.
     """
-    short = (runs["count"] == 1) & (runs["nbytes"] <= LONGEST_SCATTERED)
-    scatters: list[Callable[[], None]] = []
-    alone = [np.flatnonzero(~short)]
-    order = np.flatnonzero(short)
-    order = order[np.argsort(runs["nbytes"][order], kind="stable")]
-    lengths = runs["nbytes"][order]
-    bounds = [0, *(np.flatnonzero(np.diff(lengths)) + 1).tolist(), len(order)]
-    for start, stop in itertools.pairwise(bounds):
-        if stop - start < FEWEST_SCATTERED:
-            alone.append(order[start:stop])
-        else:
-            scatters += _scatters(runs[order[start:stop]])
-    regions = [*(_as_region(run) for run in runs[np.concatenate(alone)].tolist()), *strided]
+    scatters, alone = _scattered(runs) if len(runs) >= FEWEST_SCATTERED else ([], runs)
+    regions = [*map(_as_region, alone.tolist()), *strided]
 
     small = [region for region in regions if region.nbytes < SMALLEST_SHARED]
-    tasks: list[Callable[[], None]] = [
+    in_turn = [scatter.store for scatter in scatters]
+    shared: list[Callable[[], None]] = [
         partial(fill, [region], index, 0) for region in regions if region.nbytes >= SMALLEST_SHARED
     ]
-    if lengths.sum() >= TWO_THREADS:
-        tasks, scatters = scatters + tasks, []
+    if sum(scatter.nbytes for scatter in scatters) >= TWO_THREADS:
+        in_turn, shared = [], [*in_turn, *shared]
 
     def run(stream: int) -> None:
-        for scatter in scatters:
-            scatter()
+        for store in in_turn:
+            store()
         fill(small, index, stream)
-        share(tasks)
+        share(shared)
 
     return run
 
 
-def _scatters(runs: np.ndarray) -> list[Callable[[], None]]:
+class _Scatter(NamedTuple):
+    """Short runs of one length: all of memory in rows of it, the rows' offsets, and what goes there."""
+
+    memory: np.ndarray
+    offsets: np.ndarray
+    elements: np.ndarray
+
+    def store(self) -> None:
+        self.memory[self.offsets] = self.elements
+
+    @property
+    def nbytes(self) -> int:
+        units: int = self.memory.shape[1]
+        return units * self.elements.nbytes
+
+
+def _scattered(runs: np.ndarray) -> tuple[list[_Scatter], np.ndarray]:
+    """Return what fills the runs that are short and of a frequent length, and the other runs."""
+    short = (runs["count"] == 1) & (runs["nbytes"] <= LONGEST_SCATTERED)
+    scatters = []
+    alone = [np.flatnonzero(~short)]
+    order = np.flatnonzero(short)
+    order = order[np.argsort(runs["nbytes"][order], kind="stable")]
+    bounds = [0, *(np.flatnonzero(np.diff(runs["nbytes"][order])) + 1).tolist(), len(order)]
+    for start, stop in itertools.pairwise(bounds):
+        if stop - start < FEWEST_SCATTERED:
+            alone.append(order[start:stop])
+        else:
+            scatters += _of_one_length(runs[order[start:stop]])
+    return scatters, runs[np.concatenate(alone)]
+
+
+def _of_one_length(runs: np.ndarray) -> list[_Scatter]:
     """Return what fills runs of one length, `PIECE` bytes of them each."""
     nbytes = int(runs["nbytes"][0])
     unit = min(nbytes & -nbytes, TILE)
@@ -171,7 +191,7 @@ def _scatters(runs: np.ndarray) -> list[Callable[[], None]]:
     offsets, elements = addresses - ORIGIN, np.ascontiguousarray(tiles[:, :unit]).view(dtype)
     step = max(1, PIECE // nbytes)
     pieces = [slice(start, start + step) for start in range(0, len(runs), step)]
-    return [partial(memory.__setitem__, offsets[piece], elements[piece]) for piece in pieces]
+    return [_Scatter(memory, offsets[piece], elements[piece]) for piece in pieces]
 
 
 def _as_region(run: tuple[int, ...]) -> Region:

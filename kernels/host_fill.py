@@ -19,7 +19,7 @@ import numpy as np
 
 from .host_threads import share
 
-__all__ = ["MEMORY", "ORIGIN", "PIECE", "TWO_THREADS", "assign", "fill_stretch"]
+__all__ = ["MEMORY", "ORIGIN", "PIECE", "SMALLEST_SHARED", "TWO_THREADS", "assign", "fill_stretch"]
 
 #: Fewer bytes than this take Python a third of the time that a NumPy array of them takes to make and fill.
 BY_WORDS = 32 << 10
@@ -27,6 +27,8 @@ BY_WORDS = 32 << 10
 BY_ADDRESS = 256 << 10
 #: From this many bytes on, two threads fill: below, to wake the second takes as long as it spares.
 TWO_THREADS = 4 << 20
+#: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
+SMALLEST_SHARED = 1 << 20
 #: What a thread takes at a time, a huge page: one that gets no core, or late, leaves more to the other.
 PIECE = 2 << 20
 ROW = 16 << 10

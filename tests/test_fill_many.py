@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import gpuconst
+from gpuconst import filling
 from gpuconst.batch import gather
 from gpuconst.dtypes import DTYPES
 from gpuconst.kernels import host, host_fill, runs
@@ -49,6 +50,17 @@ def test_one_value_for_all(case: tuple[int, list[Entry]], value: Any) -> None:
     memory = noise(size)
     gpuconst.fill_many([entry.over(memory) for entry in entries], value)
     np.testing.assert_array_equal(memory, filled(size, entries))
+
+
+@given(cases())
+def test_a_few_plain_tensors_are_filled_in_turn(case: tuple[int, list[Entry]]) -> None:
+    size, entries = case[0], [entry for entry in case[1] if entry.library == "torch" and 0 not in entry.shape]
+    entries = [entry for entry in entries if entry.over(noise(size)).is_contiguous()]
+    memory = noise(size)
+    tensors = [entry.over(memory) for entry in entries]
+    assert filling._filled_in_turn(tensors, [entry.value for entry in entries])
+    np.testing.assert_array_equal(memory, filled(size, entries))
+    assert all(tensor._version for tensor in tensors)
 
 
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if hasattr(torch, name)])
@@ -280,6 +292,16 @@ def test_nothing_is_written_if_one_cannot_be(kind: str, where: str, prepare: Cal
         prepare([*good[:index], make(), *good[index:]], [*[1] * index, value, *[1] * (len(good) - index)])
     assert not any(np.asarray(x).any() for x in good)
     assert [x._version for x in tensors] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (make, *_) in BAD.items() if isinstance(make(), torch.Tensor)])
+def test_nothing_is_written_if_one_of_a_few_tensors_cannot_be(kind: str) -> None:
+    make, value, error, message = BAD[kind]
+    good = [torch.zeros(3) for _ in range(4)]
+    with pytest.raises(error, match=rf"^xs\[4\]: .*{message}"):
+        gpuconst.fill_many([*good, make()], [1, 1, 1, 1, value])
+    assert not any(x.any() for x in good)
+    assert [x._version for x in good] == [0, 0, 0, 0]
 
 
 def test_one_value_that_does_not_fit_all() -> None:
