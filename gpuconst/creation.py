@@ -200,7 +200,8 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
 
     addresses = (offsets + np.uint64(address)).tolist()
     arrays = map(Array, repeat(memory), addresses, shapes, rows, repeat(place), repeat(handle))
-    made = dict(zip(names, arrays, strict=True))
+    made: dict[str, Any] = dict(specs)  # with room for all, where a new one would grow step by step
+    made.update(zip(names, arrays, strict=True))
     seconds = time.perf_counter() - start
     _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), nbytes.sum(), seconds)
     return made
@@ -237,7 +238,7 @@ def _resolved(names: Sequence[str], dtypes: Sequence[Any], values: Sequence[Any]
         rows = {key: resolve_dtype(dtype) for key, dtype in known.items()}
     except TypeError:
         return _each(names, resolve_dtype, dtypes)
-    return list(map(rows.__getitem__, keys))
+    return [*rows.values()] * len(keys) if len(rows) == 1 else list(map(rows.__getitem__, keys))
 
 
 def _measured(
