@@ -34,7 +34,8 @@ class Array:
     device : str
         ``"cpu"`` or ``"cuda:N"``.
     backend : str
-        The library that filled it: ``"numpy"``, ``"cupy"`` or ``"numba"``.
+        The library that filled it: ``"cupy"``, ``"numba"``, or ``"numpy"``, on the CPU, where the C library
+        stores what NumPy would store slower.
     """
 
     __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_memory", "_place", "_shape", "_stream")

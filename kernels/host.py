@@ -1,4 +1,4 @@
-"""The CPU: NumPy's own assignment, over memory that the next consumer can take as it is."""
+"""The CPU: memory that the next consumer can take as it is, filled in the way that is fastest at its length."""
 
 from __future__ import annotations
 
