@@ -63,7 +63,7 @@ def test_nothing_heavy_is_loaded(code: str, run_python: Callable[..., str]) -> N
     assert loaded(run_python, code) == (set(), [])
 
 
-@pytest.mark.parametrize("package", ["hypothesis", "cuda.pathfinder"])
+@pytest.mark.parametrize("package", ["hypothesis", pytest.param("cuda.pathfinder", marks=pytest.mark.needs("cuda"))])
 def test_the_check_sees_packages(package: str, run_python: Callable[..., str]) -> None:
     packages, _ = loaded(run_python, f"import gpuconst, {package}")
     assert package.partition(".")[0] in packages
