@@ -82,7 +82,7 @@ def _draw(
             place.tick_params(axis="x", labelrotation=30)
         lines = {line.get_label(): line for place in axes.flat for line in place.get_lines()}
         named = {name: line for name, line in lines.items() if name in styles}
-        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, handlelength=4)
         # No date, so that the same results make the same file.
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
         pyplot.close(figure)
@@ -121,7 +121,11 @@ def _ratio_panel(axes: Axes, case: CaseResult, styles: dict[str, dict[str, Any]]
             axes.fill_between(xs, low, high, alpha=0.15, color=styles[peer]["color"])
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_ylabel(f"{ours} / peer (below 1: ahead)")
+    from matplotlib.ticker import LogLocator
+
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
 
 
 def _growth_panel(axes: Axes, case: CaseResult, styles: dict[str, dict[str, Any]]) -> None:
