@@ -175,7 +175,7 @@ def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
 
     To prepare one takes as long as to fill a hundred of them. What is wrong with any is for the long way to say.
     """
-    if len(arrays) > FEW or not all(map(is_tensor, arrays)):
+    if not 0 < len(arrays) <= FEW or not all(map(is_tensor, arrays)):
         return False
     check_eager()
     stretches = []
@@ -189,8 +189,7 @@ def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
             return False
     for each in stretches:
         host_fill.fill_stretch(*each)
-    if arrays:
-        mark_written(arrays)
+    mark_written(arrays)
     return True
 
 

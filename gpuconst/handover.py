@@ -39,7 +39,7 @@ def to_torch(array: Exporter, dtype: DType) -> Any:
     if not hasattr(torch, dtype.name):
         raise TypeError(f"torch {torch.__version__} has no dtype {dtype.name}; to_numpy() and to_jax() take it")
     on_cpu = array.__dlpack_device__()[0] == CPU
-    if on_cpu and dtype.native:  # in a third of the time of a capsule
+    if on_cpu and dtype.native:  # sooner than a capsule is made and read
         tensor = torch.from_numpy(array._exporter)
     else:
         # A capsule spares torch what it would ask of a CPU array in Python: half of the time.

@@ -75,6 +75,11 @@ def share(tasks: Sequence[Task]) -> None:
     ----------
     tasks : sequence of callable
         Each of which may run on any thread, while another does.
+
+    Raises
+    ------
+    BaseException
+        What a task raised, once both threads have ended; tasks that had not begun may then be left out.
     """
     left = iter(tasks)
     helper = _take() if len(tasks) > 1 else None
