@@ -9,7 +9,8 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -69,7 +70,8 @@ class Backend(Protocol):
         """Block until the stream has finished."""
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Place:
     """A device, and the backend that serves it.
 
     Attributes

@@ -7,16 +7,17 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import attrgetter, itemgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from .array import Array
-from .backends import select
+from .backends import Place, select
 from .batch import tiles
 from .dtypes import DType, resolve_dtype
+from .kernels.host_fill import fill_stretch
 from .kernels.host_memory import ALIGNMENT
 from .kernels.runs import RUN
 from .streams import stream_handle
@@ -25,6 +26,9 @@ from .values import check_shape, default_dtype, encode
 __all__ = ["full", "full_many", "ones", "zeros"]
 
 _log = logging.getLogger("gpuconst")
+
+#: Up to so many new arrays are filled in turn on the CPU.
+FEW = 200
 
 T = TypeVar("T")
 
@@ -180,13 +184,53 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
     names = list(specs)
     shapes, values, dtypes = _columns(specs)
     rows = _resolved(names, dtypes, values)
+    place = select(device)
+    handle = stream_handle(stream, place)
+    if place.device == "cpu" and len(names) <= FEW:
+        filled = _filled_in_turn(names, shapes, values, rows, place)
+    else:
+        filled = _filled_at_once(names, shapes, values, rows, place, handle)
+    arrays = map(Array, repeat(filled.memory), filled.addresses, filled.shapes, rows, repeat(place), repeat(handle))
+    made: dict[str, Any] = dict(specs)  # with room for all, where a new one would grow step by step
+    made.update(zip(names, arrays, strict=True))
+    seconds = time.perf_counter() - start
+    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), filled.nbytes, seconds)
+    return made
+
+
+class _Filled(NamedTuple):
+    """Memory that is many arrays: its owner, and of each array the address and the shape, of all the bytes."""
+
+    memory: Any
+    addresses: Sequence[int]
+    shapes: Sequence[tuple[int, ...]]
+    nbytes: int
+
+
+def _filled_in_turn(
+    names: Sequence[str], shapes: Sequence[Any], values: Sequence[Any], rows: Sequence[DType], place: Place
+) -> _Filled:
+    """Fill a few arrays of the CPU, which `_filled_at_once` would take longer to lay out than to fill."""
+    measured = _each(names, check_shape, shapes, [row.itemsize for row in rows])
+    elements = _each(names, encode, values, rows)
+    offsets = [0, *accumulate(nbytes + -nbytes % ALIGNMENT for _, nbytes in measured)]
+    check_shape(offsets[-1], 1)
+    memory, address = place.module.allocate(offsets[-1], place.ordinal, 0)
+    addresses = [address + offset for offset in offsets[:-1]]
+    for start, (_, nbytes), element in zip(addresses, measured, elements, strict=True):
+        fill_stretch(start, nbytes, element)
+    return _Filled(memory, addresses, [dims for dims, _ in measured], sum(nbytes for _, nbytes in measured))
+
+
+def _filled_at_once(
+    names: Sequence[str], shapes: Sequence[Any], values: Sequence[Any], rows: Sequence[DType], place: Place, handle: int
+) -> _Filled:
+    """Fill many arrays in one launch."""
     shapes, nbytes = _measured(names, shapes, rows)
     words = tiles(values, rows, lambda index: repr(names[index]))
     padded = nbytes + -nbytes % np.uint64(ALIGNMENT)
     total = sum(padded.tolist())
     check_shape(total, 1)
-    place = select(device)
-    handle = stream_handle(stream, place)
     memory, address = place.module.allocate(total, place.ordinal, handle)
 
     offsets = np.cumsum(padded) - padded
@@ -197,14 +241,7 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
     runs["nbytes"] = np.diff(offsets[first], append=np.uint64(total))
     runs["tile_low"], runs["tile_high"] = words[first, 0], words[first, 1]
     place.module.prepare(runs[runs["nbytes"] > 0], [], place.ordinal, handle)(handle)
-
-    addresses = (offsets + np.uint64(address)).tolist()
-    arrays = map(Array, repeat(memory), addresses, shapes, rows, repeat(place), repeat(handle))
-    made: dict[str, Any] = dict(specs)  # with room for all, where a new one would grow step by step
-    made.update(zip(names, arrays, strict=True))
-    seconds = time.perf_counter() - start
-    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), nbytes.sum(), seconds)
-    return made
+    return _Filled(memory, (offsets + np.uint64(address)).tolist(), shapes, int(nbytes.sum()))
 
 
 def _columns(specs: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:

@@ -7,6 +7,7 @@ import re
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import MappingProxyType
@@ -22,9 +23,18 @@ from hypothesis.extra.numpy import array_shapes
 from many import element_of
 
 import gpuconst
+from gpuconst import creation
 from gpuconst.dtypes import DTYPES
 
 full_many = partial(gpuconst.full_many, device="cpu")
+
+
+@pytest.fixture(autouse=True, scope="module", params=[creation.FEW, 0], ids=["in turn", "at once"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Make few arrays in turn, as it is, and in one launch, as many are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(creation, "FEW", request.param)
+        yield
 
 
 @st.composite
