@@ -37,7 +37,7 @@ __all__ = ["FillPlan", "fill", "fill_many", "plan_fill"]
 _log = logging.getLogger("gpuconst")
 
 #: Up to so many arrays are worth a look at whether they can be filled in turn.
-FEW = 200
+FEW = 100
 
 T = TypeVar("T")
 
@@ -86,7 +86,12 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     is_torch = is_tensor(x)
     if is_torch:
         check_eager()
-    if stream is None and _filled_at_sight(x, fill_value, is_torch):
+    found = _at_sight(x, fill_value, is_torch) if stream is None else None
+    if found is not None:
+        store, arguments = found
+        store(*arguments)
+        if is_torch:
+            mark_stretch_written(x)
         return x
     if is_torch and not has_memory(x):
         return x
@@ -104,21 +109,20 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     return x
 
 
-def _filled_at_sight(x: Any, fill_value: Any, is_torch: bool) -> bool:
-    """Fill a NumPy array or an ordinary CPU tensor, which take no closer look, and say whether `x` was one.
+def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
+    """Return what fills a NumPy array or an ordinary CPU tensor, and its arguments; None for any other.
 
-    The closer look costs more than the fill of up to 64 KiB.
+    These take no closer look, which costs more than the fill of up to 64 KiB.
     """
+    if is_torch:
+        found = stretch(x)
+        if found is None:
+            return None
+        address, nbytes, dtype = found
+        return host_fill.fill_stretch, (address, nbytes, encode(fill_value, resolve_dtype(dtype)))
     if type(x) is np.ndarray and x.flags.writeable:
-        host_fill.assign(x, encode(fill_value, resolve_dtype(x.dtype)))
-        return True
-    found = stretch(x) if is_torch else None
-    if found is None:
-        return False
-    address, nbytes, dtype = found
-    host_fill.fill_stretch(address, nbytes, encode(fill_value, resolve_dtype(dtype)))
-    mark_stretch_written(x)
-    return True
+        return host_fill.assign, (x, encode(fill_value, resolve_dtype(x.dtype)))
+    return None
 
 
 def _wait_for_owner(x: Any, owner: int, handle: int, place: Place) -> None:
@@ -171,25 +175,28 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
 
 
 def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
-    """Fill a few small ordinary CPU tensors, which make no launch worth preparing, and say whether all were such.
+    """Fill a few small NumPy arrays and ordinary CPU tensors, and say whether all were such.
 
-    To prepare one takes as long as to fill a hundred of them. What is wrong with any is for the long way to say.
+    To prepare a launch takes as long as to fill a hundred of them. What is wrong with any is for the long way to say.
     """
-    if not 0 < len(arrays) <= FEW or not all(map(is_tensor, arrays)):
+    if not 0 < len(arrays) <= FEW:
         return False
-    check_eager()
-    stretches = []
+    tensors = _tensors(arrays)
+    if tensors:
+        check_eager()
+    stores = []
     for x, value in zip(arrays, values, strict=False):
-        found = stretch(x)
-        if found is None or found[1] >= host_fill.SMALLEST_SHARED:
-            return False
         try:
-            stretches.append((*found[:2], encode(value, resolve_dtype(found[2]))))
+            found = _at_sight(x, value, is_tensor(x))
         except (TypeError, ValueError, OverflowError):
             return False
-    for each in stretches:
-        host_fill.fill_stretch(*each)
-    mark_written(arrays)
+        if found is None or x.nbytes >= host_fill.SMALLEST_SHARED:
+            return False
+        stores.append(found)
+    for store, arguments in stores:
+        store(*arguments)
+    if tensors:
+        mark_written(tensors)
     return True
 
 

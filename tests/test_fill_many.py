@@ -35,32 +35,49 @@ from gpuconst.kernels import host, host_fill, runs
 # What is written
 
 
+#: Few arrays are filled in turn where that can be; many, which to these tests are any, in launches.
+both_ways = pytest.mark.parametrize("few", [filling.FEW, 0], ids=["in turn", "at once"])
+
+
+def fill_many(few: int, *arguments: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "FEW", few)
+        gpuconst.fill_many(*arguments)
+
+
+@both_ways
 @given(cases())
 @example((1024, [Entry("torch", "float32", (4,), (4,), start, b"abcd") for start in (64, 99, 130, 200, 64)]))
-def test_the_same_bytes_as_one_fill_after_the_other(case: tuple[int, list[Entry]]) -> None:
+def test_the_same_bytes_as_one_fill_after_the_other(few: int, case: tuple[int, list[Entry]]) -> None:
     size, entries = case
     memory = noise(size)
-    gpuconst.fill_many([entry.over(memory) for entry in entries], [entry.value for entry in entries])
+    fill_many(few, [entry.over(memory) for entry in entries], [entry.value for entry in entries])
     np.testing.assert_array_equal(memory, filled(size, entries))
 
 
+@both_ways
 @given(cases(), st.sampled_from([True, 1, 1.0, np.array(1)]))
-def test_one_value_for_all(case: tuple[int, list[Entry]], value: Any) -> None:
+def test_one_value_for_all(few: int, case: tuple[int, list[Entry]], value: Any) -> None:
     size, entries = case[0], [entry._replace(value=value) for entry in case[1]]
     memory = noise(size)
-    gpuconst.fill_many([entry.over(memory) for entry in entries], value)
+    fill_many(few, [entry.over(memory) for entry in entries], value)
     np.testing.assert_array_equal(memory, filled(size, entries))
 
 
 @given(cases())
-def test_a_few_plain_tensors_are_filled_in_turn(case: tuple[int, list[Entry]]) -> None:
-    size, entries = case[0], [entry for entry in case[1] if entry.library == "torch" and 0 not in entry.shape]
-    entries = [entry for entry in entries if entry.over(noise(size)).is_contiguous()]
+def test_a_few_ordinary_arrays_are_filled_in_turn(case: tuple[int, list[Entry]]) -> None:
+    size, entries = case[0], [entry for entry in case[1] if _ordinary(entry.over(noise(case[0])))]
     memory = noise(size)
-    tensors = [entry.over(memory) for entry in entries]
-    assert filling._filled_in_turn(tensors, [entry.value for entry in entries]) == bool(tensors)
+    arrays = [entry.over(memory) for entry in entries]
+    assert filling._filled_in_turn(arrays, [entry.value for entry in entries]) == bool(arrays)
     np.testing.assert_array_equal(memory, filled(size, entries))
-    assert all(tensor._version for tensor in tensors)
+    assert all(x._version for x in arrays if isinstance(x, torch.Tensor))
+
+
+def _ordinary(x: Any) -> bool:
+    if isinstance(x, torch.Tensor):
+        return x.is_contiguous() and x.numel() > 0
+    return isinstance(x, np.ndarray)
 
 
 @pytest.mark.parametrize("dtype", [name for name in DTYPES if hasattr(torch, name)])
@@ -500,8 +517,10 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.zeros(6)
     with caplog.at_level(logging.DEBUG, "gpuconst"):
         gpuconst.fill_many([x, x[:2], np.zeros((4, 2))[:, 0]], 1)
-    (message,) = caplog.messages
-    assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 2 batches; took 0\.\d{6} s", message)
+        gpuconst.fill_many([x, x[:2], bytearray(32)], 1)
+    in_turn, at_once = caplog.messages
+    assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 1 batches; took 0\.\d{6} s", in_turn)
+    assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 2 batches; took 0\.\d{6} s", at_once)
 
 
 # What a GPU would do with it
