@@ -21,7 +21,7 @@ QUICK_ROUNDS = 2
 METHOD = (
     "contenders take turns, A B C A B C; median (first quartile - third quartile) of the rounds; a ratio is that of "
     "the samples of one round, ours / peer, so below 1 gpuconst is ahead; contents are checked before anything is "
-    "timed; the value is 1.1"
+    "timed; the value is 1.1 where a title says nothing else"
 )
 
 

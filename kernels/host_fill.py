@@ -2,7 +2,8 @@
 
 Short ones are made by Python's own repetition of the element and copied where they go. Long ones are
 stored by the C library where it can, as 4-byte words with ``wmemset``; otherwise a row of bytes is copied
-over and over, which NumPy does with ``memcpy``. Very long ones are shared out between two threads.
+over and over, which NumPy does with ``memcpy``. Very long ones are shared out between two threads, or
+cleared with ``memset``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ BY_WORDS = 32 << 10
 #: From this many bytes on, a NumPy array is filled by its address, which NumPy takes a microsecond to tell.
 BY_ADDRESS = 256 << 10
 #: From this many bytes on, two threads fill: below, to wake the second takes as long as it spares.
-TWO_THREADS = 4 << 20
+TWO_THREADS = 8 << 20
+#: From this many bytes on, more than caches hold, processors clear memory without reading it first.
+BY_CLEARING = 64 << 20
 #: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
 SMALLEST_SHARED = 1 << 20
 #: What a thread takes at a time, a huge page: one that gets no core, or late, leaves more to the other.
@@ -58,6 +61,9 @@ def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
         _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
     elif nbytes < TWO_THREADS:
         _store(address, nbytes, element)
+    elif nbytes >= BY_CLEARING and not any(element):
+        half = nbytes // 2  # the longer a piece, the better: by 2 MiB it would take twice as long
+        share([partial(ctypes.memset, at, 0, size) for at, size in [(address, half), (address + half, nbytes - half)]])
     else:
         end = address + nbytes
         share([partial(_store, at, min(PIECE, end - at), element) for at in range(address, end, PIECE)])

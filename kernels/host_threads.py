@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["cores", "share"]
 
-Task = Callable[[], None]
+Task = Callable[[], object]
 
 
 class _Helper:

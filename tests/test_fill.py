@@ -362,6 +362,15 @@ def test_very_large_arrays_are_filled_by_two_threads(more: int) -> None:
     assert np.array_equal(memory[-GUARD:], noise(memory.size)[-GUARD:])
 
 
+@pytest.mark.parametrize(("value", "element"), [(0.0, bytes(4)), (-0.0, b"\0\0\0\x80")])
+def test_very_large_arrays_of_zeros(value: float, element: bytes) -> None:
+    memory, target = guarded((host_fill.BY_CLEARING // 4 + 1,), "float32", 1)
+    gpuconst.fill(target, value)
+    assert (memory[GUARD + 1 : -GUARD].reshape(-1, 4) == np.frombuffer(element, np.uint8)).all()
+    assert np.array_equal(memory[: GUARD + 1], noise(GUARD + 1))
+    assert np.array_equal(memory[-GUARD:], noise(memory.size)[-GUARD:])
+
+
 @pytest.mark.parametrize("layout", [lambda a: a[::-1], lambda a: a.T, lambda a: a[:, 1:-1], lambda a: a[:, ::2]])
 def test_large_strided_arrays(layout: Callable[[np.ndarray], np.ndarray]) -> None:
     x = np.zeros((500, 700), np.float32)

@@ -11,6 +11,7 @@ CPU = [
     "first_touch",
     "creation",
     "fill",
+    "clear",
     "handover",
     "keras_initializers",
     "jax_first_touch",

@@ -23,49 +23,50 @@ def _memory(nbytes: int) -> Any:
     return np.empty(nbytes // ITEMSIZE, np.float32)
 
 
-def _poisoned(nbytes: int) -> Any:
+def poisoned(nbytes: int) -> Any:
+    """Return that array, full of what no contender fills it with."""
     memory = _memory(nbytes)
     memory[...] = _POISON
     return memory
 
 
-def _gpuconst(nbytes: int) -> Callable[[], Any]:
+def _gpuconst(nbytes: int, value: float) -> Callable[[], Any]:
     import gpuconst
 
-    return functools.partial(gpuconst.fill, _poisoned(nbytes), VALUE)
+    return functools.partial(gpuconst.fill, poisoned(nbytes), value)
 
 
-def _gpuconst_torch(nbytes: int) -> Callable[[], Any]:
+def _gpuconst_torch(nbytes: int, value: float) -> Callable[[], Any]:
     import torch
 
     import gpuconst
 
-    return functools.partial(gpuconst.fill, torch.from_numpy(_poisoned(nbytes)), VALUE)
+    return functools.partial(gpuconst.fill, torch.from_numpy(poisoned(nbytes)), value)
 
 
-def _numpy(nbytes: int) -> Callable[[], Any]:
-    memory = _poisoned(nbytes)
+def _numpy(nbytes: int, value: float) -> Callable[[], Any]:
+    memory = poisoned(nbytes)
 
     def run() -> Any:
-        memory.fill(VALUE)
+        memory.fill(value)
         return memory
 
     return run
 
 
-def _torch(nbytes: int) -> Callable[[], Any]:
+def _torch(nbytes: int, value: float) -> Callable[[], Any]:
     import torch
 
-    return functools.partial(torch.from_numpy(_poisoned(nbytes)).fill_, VALUE)
+    return functools.partial(torch.from_numpy(poisoned(nbytes)).fill_, value)
 
 
-def _torch_init(nbytes: int) -> Callable[[], Any]:
+def _torch_init(nbytes: int, value: float) -> Callable[[], Any]:
     import torch
 
-    return functools.partial(torch.nn.init.constant_, torch.from_numpy(_poisoned(nbytes)), VALUE)
+    return functools.partial(torch.nn.init.constant_, torch.from_numpy(poisoned(nbytes)), value)
 
 
-_CONTENDERS = [
+CONTENDERS = [
     Contender("fill(ndarray)", _gpuconst, ours=True),
     Contender("fill(tensor)", _gpuconst_torch, ours=True),
     Contender("ndarray.fill", _numpy),
@@ -78,7 +79,7 @@ _CONTENDERS = [
 def rows(quick: bool) -> list[Row]:
     """Return a row for each size."""
     return [
-        Row(size(nbytes), _CONTENDERS, {"nbytes": nbytes}, x=nbytes, nbytes=nbytes)
+        Row(size(nbytes), CONTENDERS, {"nbytes": nbytes, "value": VALUE}, x=nbytes, nbytes=nbytes)
         for nbytes in (_QUICK_SIZES if quick else _SIZES)
     ]
 

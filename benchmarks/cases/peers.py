@@ -12,13 +12,13 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 ITEMSIZE = 4
 
 
-def check_filled(result: Any) -> None:
+def check_filled(result: Any, value: float = VALUE) -> None:
     """Raise AssertionError unless all elements of an array of any library are the value, in float32."""
     import numpy as np
 
     found = np.asarray(result)
     assert found.dtype == np.float32, f"filled with {found.dtype}, expected float32"
-    assert found.min() == found.max() == np.float32(VALUE), f"found {found.min()} to {found.max()}, expected {VALUE}"
+    assert found.min() == found.max() == np.float32(value), f"found {found.min()} to {found.max()}, expected {value}"
 
 
 def gpuconst_full(nbytes: int) -> Callable[[], Any]:
