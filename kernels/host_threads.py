@@ -7,6 +7,8 @@ first could have filled megabytes. There is one for the process, and none is lef
 from __future__ import annotations
 
 import _thread
+import contextlib
+import ctypes
 import functools
 import os
 import sys
@@ -20,13 +22,14 @@ Task = Callable[[], object]
 class _Helper:
     """A thread that runs tasks when it is told to."""
 
-    __slots__ = ("_begun", "_ended", "_error", "_tasks")
+    __slots__ = ("_begun", "_core", "_ended", "_error", "_tasks")
 
     def __init__(self) -> None:
         self._begun, self._ended = _thread.allocate_lock(), _thread.allocate_lock()
         self._begun.acquire()
         self._ended.acquire()
         self._tasks: Iterable[Task] | None = None
+        self._core = -1
         self._error: BaseException | None = None
         # Not through `threading`: to join it at exit would be to wait for ever.
         _thread.start_new_thread(self._serve, ())
@@ -34,6 +37,7 @@ class _Helper:
     def begin(self, tasks: Iterable[Task] | None) -> None:
         """Have the thread run tasks, or end where there are none."""
         self._tasks = tasks
+        self._core = _current_core()()
         self._begun.release()
 
     def end(self) -> None:
@@ -48,11 +52,18 @@ class _Helper:
             raise error
 
     def _serve(self) -> None:
+        allowed, avoided = _affinity(), -1
         while True:
             self._begun.acquire()
             tasks, self._tasks = self._tasks, None
             if tasks is None:
                 return
+            if self._core != avoided:
+                avoided = self._core
+                # A virtual machine may wake it on the very core that its caller is busy on, though another is idle:
+                # Linux takes that for one that the host has taken away. The two would take turns, and gain nothing.
+                with contextlib.suppress(OSError):  # no other core is left
+                    os.sched_setaffinity(0, allowed - {avoided})
             try:
                 for task in tasks:
                     task()
@@ -60,6 +71,16 @@ class _Helper:
                 self._error = error
             del tasks
             self._ended.release()
+
+
+@functools.cache
+def _current_core() -> Callable[[], int]:
+    """Return what tells the core that the caller is on; it says -1 where the system does not."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(AttributeError):
+            found: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
+            return found
+    return lambda: -1
 
 
 #: The helper, or None before it is first needed; nothing while a call has it. `pop` and `append` are atomic.
@@ -116,9 +137,14 @@ def _take() -> _Helper | None:
 @functools.cache
 def cores() -> int:
     """Return how many cores this process may use."""
+    return len(_affinity())
+
+
+def _affinity() -> set[int]:
+    """Return the cores that this thread may run on."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 def _dismiss() -> None:
@@ -134,6 +160,7 @@ def _dismiss() -> None:
 
 def _begin_anew() -> None:
     _spare[:] = [None]
+    cores.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -29,6 +29,52 @@ def test_two_threads_take_part() -> None:
     host_threads.share([together.wait, together.wait])  # neither ends before the other has begun
 
 
+@needs_two_cores
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity of threads to cores")
+def test_the_second_thread_keeps_off_the_core_of_the_first(run_python: Callable[..., Any]) -> None:
+    run_python(
+        """
+        import os, threading
+        from gpuconst.kernels import host_threads
+
+        allowed = os.sched_getaffinity(0)
+        together = threading.Barrier(2, timeout=30)
+        elsewhere = []
+
+        def task():
+            together.wait()
+            if threading.current_thread() is not threading.main_thread():
+                elsewhere.append(os.sched_getaffinity(0))
+
+        host_threads.share([task, task])
+        for core in allowed:
+            os.sched_setaffinity(0, {core})
+            host_threads.share([task, task])
+        assert elsewhere[1:] == [allowed - {core} for core in allowed]
+        """
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity of threads to cores")
+def test_a_child_on_one_core_has_no_second_thread(run_python: Callable[..., Any]) -> None:
+    run_python(
+        """
+        import os, threading
+        from gpuconst.kernels import host_threads
+
+        host_threads.share([lambda: None] * 2)
+        child = os.fork()
+        if not child:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            threads = set()
+            host_threads.share([lambda: threads.add(threading.get_ident())] * 1000)
+            os._exit(len(threads) != 1 or len(os.listdir("/proc/self/task")) != 1)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+
+
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_an_error_is_raised_when_both_threads_have_ended(bad: int) -> None:
     ended: list[int] = []
