@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import os
 import re
 import warnings
@@ -17,10 +16,10 @@ import numpy as np
 from .errors import DeviceUnavailableError
 from .kernels import cuda_driver
 from .kernels.runs import Region
+from .log import debug
 
 __all__ = ["BACKENDS", "Backend", "Place", "candidates", "select"]
 
-_log = logging.getLogger("gpuconst")
 
 #: The order in which backends are tried for a device; the first usable one is taken.
 BACKENDS = {
@@ -181,7 +180,7 @@ def _parse(device: str) -> tuple[str, int | None]:
 
 def _found(name: str, kind: str, index: int, module: Backend, passed_over: dict[str, str]) -> Place:
     for other, reason in passed_over.items():
-        _log.debug("backend %s passed over: %s", other, reason)
+        debug("backend %s passed over: %s", other, reason)
     if kind == "cpu" and passed_over and cuda_driver.is_expected():
         listed = "; ".join(f"{other}: {reason}" for other, reason in passed_over.items())
         warnings.warn(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, repeat
@@ -20,12 +19,12 @@ from .dtypes import DType, resolve_dtype
 from .kernels.host_fill import fill_stretch
 from .kernels.host_memory import ALIGNMENT
 from .kernels.runs import RUN
+from .log import debug
 from .streams import stream_handle
 from .values import check_shape, default_dtype, encode
 
 __all__ = ["full", "full_many", "ones", "zeros"]
 
-_log = logging.getLogger("gpuconst")
 
 #: Up to so many new arrays are filled in turn on the CPU.
 FEW = 200
@@ -194,7 +193,7 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
     made: dict[str, Any] = dict(specs)  # with room for all, where a new one would grow step by step
     made.update(zip(names, arrays, strict=True))
     seconds = time.perf_counter() - start
-    _log.debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), filled.nbytes, seconds)
+    debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), filled.nbytes, seconds)
     return made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
@@ -16,6 +15,7 @@ from .batch import Batch, each_with_value, gather, writable_view
 from .dtypes import resolve_dtype
 from .kernels import host_fill
 from .kernels.runs import Region
+from .log import debug
 from .streams import current_streams, stream_handle
 from .torch_rules import (
     check_eager,
@@ -34,7 +34,6 @@ from .views import extents
 
 __all__ = ["FillPlan", "fill", "fill_many", "plan_fill"]
 
-_log = logging.getLogger("gpuconst")
 
 #: Up to so many arrays are worth a look at whether they can be filled in turn.
 FEW = 100
@@ -386,4 +385,4 @@ def _tensors(arrays: Sequence[Any]) -> list[Any]:
 
 def _log_done(what: str, arrays: int, nbytes: int, batches: int, start: float) -> None:
     seconds = time.perf_counter() - start
-    _log.debug("%s %d arrays, %d bytes, in %d batches; took %.6f s", what, arrays, nbytes, batches, seconds)
+    debug("%s %d arrays, %d bytes, in %d batches; took %.6f s", what, arrays, nbytes, batches, seconds)

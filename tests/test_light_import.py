@@ -63,6 +63,14 @@ def test_nothing_heavy_is_loaded(code: str, run_python: Callable[..., str]) -> N
     assert loaded(run_python, code) == (set(), [])
 
 
+def test_nobody_is_told_where_nobody_can_listen(run_python: Callable[..., str]) -> None:
+    run_python(
+        "import numpy, ml_dtypes, sys; before = set(sys.modules)"
+        + CPU_WORK
+        + "assert 'logging' not in set(sys.modules) - before"
+    )
+
+
 @pytest.mark.parametrize("package", ["hypothesis", pytest.param("cuda.pathfinder", marks=pytest.mark.needs("cuda"))])
 def test_the_check_sees_packages(package: str, run_python: Callable[..., str]) -> None:
     packages, _ = loaded(run_python, f"import gpuconst, {package}")

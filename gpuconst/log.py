@@ -1,0 +1,24 @@
+"""What is logged, to whoever listens.
+
+Nobody can be listening where nobody has imported `logging`, and to import it takes a third of the time that
+``import gpuconst`` takes beyond NumPy and ml_dtypes.
+"""
+
+import sys
+
+__all__ = ["debug"]
+
+
+def debug(message: str, *arguments: object) -> None:
+    """Log a message of the logger ``gpuconst`` at debug level.
+
+    Parameters
+    ----------
+    message : str
+        With a place for each argument, in the manner of ``%``.
+    *arguments
+        What goes there.
+    """
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        logging.getLogger("gpuconst").debug(message, *arguments, stacklevel=2)
