@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .errors import DeviceUnavailableError
+from .errors import DeviceUnavailableError, brief
 from .kernels import cuda_driver
 from .kernels.runs import Region
 from .log import debug
@@ -174,7 +174,8 @@ def load(name: str) -> Backend:
 def _parse(device: str) -> tuple[str, int | None]:
     found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
     if found is None or found[0].startswith("cpu:") and found[2] != "0":
-        raise ValueError(f"unknown device {device!r}; devices are 'cpu', 'cuda' and 'cuda:N'")
+        meant = "; a GPU is 'cuda' here" if device.startswith("gpu") else ""
+        raise ValueError(f"unknown device {brief(device)}; devices are 'cpu', 'cuda' and 'cuda:N'{meant}")
     return found[1], (int(found[2]) if found[2] else None)
 
 

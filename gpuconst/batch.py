@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,25 +61,48 @@ def each_with_value(xs: Iterable[Any], fill_values: Any) -> tuple[list[Any], lis
     Raises
     ------
     TypeError
-        If `xs` is an array instead of several.
+        If `xs` is an array instead of several, or what holds arrays without being a sequence of them; or
+        if `fill_values` has no order, or is an array that is not NumPy's.
     ValueError
         If the lengths differ, or an iterator has nothing left to give.
     """
-    if hasattr(xs, "__dlpack__") or isinstance(xs, bytearray | memoryview) or not isinstance(xs, Iterable):
-        raise TypeError(f"xs is {type(xs).__name__}, expected several arrays; for one array use gpuconst.fill")
+    arrays = _several(xs)
+    if _is_one(fill_values):
+        return arrays, None
+    values = list(itertools.islice(fill_values, len(arrays) + 1))  # an iterator may never end
+    if len(values) != len(arrays):
+        given = f"{len(values)}" if len(values) < len(arrays) else f"more than {len(arrays)}"
+        raise ValueError(f"there are {len(arrays)} arrays and {given} values; expected one value, or one for each")
+    return arrays, values
+
+
+def _several(xs: Any) -> list[Any]:
+    way_out = None
+    if hasattr(xs, "parameters"):  # a module of torch, some of which are lists of modules
+        way_out = "pass its parameters() or buffers()"
+    elif isinstance(xs, Mapping):
+        way_out = "pass its values()"
+    elif hasattr(xs, "__dlpack__") or isinstance(xs, bytearray | memoryview) or not isinstance(xs, Iterable):
+        way_out = "for one array use gpuconst.fill"
+    if way_out is not None:
+        raise TypeError(f"xs is {type(xs).__name__}, expected several arrays; {way_out}")
     arrays = list(xs)
     if not arrays and isinstance(xs, Iterator):
         raise ValueError("the iterator xs gave no arrays; if it was used before, pass list(...) of it instead")
-    if isinstance(fill_values, str | bytes | bytearray) or not isinstance(fill_values, Iterable):
-        return arrays, None
-    if getattr(fill_values, "ndim", None) == 0:
-        return arrays, None
-    values = list(fill_values)
-    if len(values) != len(arrays):
-        raise ValueError(
-            f"there are {len(arrays)} arrays and {len(values)} values; expected one value, or one for each"
+    return arrays
+
+
+def _is_one(fill_values: Any) -> bool:
+    """Whether it is one value for all arrays."""
+    if isinstance(fill_values, int | float | complex | str | bytes | bytearray):
+        return True
+    ndim = getattr(fill_values, "ndim", None)
+    if isinstance(fill_values, Mapping | Set) or (ndim and not isinstance(fill_values, np.ndarray)):
+        raise TypeError(
+            f"fill_values is {type(fill_values).__name__}, expected one value, or one for each array in a list or a "
+            "NumPy array"
         )
-    return arrays, values
+    return ndim == 0 or not isinstance(fill_values, Iterable)
 
 
 def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None) -> list[Batch]:

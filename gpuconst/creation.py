@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import accumulate, repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +16,7 @@ from .array import Array
 from .backends import Place, select
 from .batch import tiles
 from .dtypes import DType, resolve_dtype
+from .errors import brief
 from .kernels.host_fill import fill_stretch
 from .kernels.host_memory import ALIGNMENT
 from .kernels.runs import RUN
@@ -254,11 +255,11 @@ def _columns(specs: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any], Se
 
 def _triple(entry: tuple[str, Any]) -> tuple[Any, Any, Any]:
     name, spec = entry
-    try:
-        shape, value, dtype = spec
-    except (TypeError, ValueError):
-        raise TypeError(f"{name!r} has the spec {spec!r}, expected (shape, fill_value, dtype)") from None
-    return shape, value, dtype
+    if not isinstance(spec, str | bytes | Mapping | Set):
+        with contextlib.suppress(TypeError, ValueError):
+            shape, value, dtype = spec
+            return shape, value, dtype
+    raise TypeError(f"{name!r} has the spec {brief(spec)}, expected (shape, fill_value, dtype)")
 
 
 def _resolved(names: Sequence[str], dtypes: Sequence[Any], values: Sequence[Any]) -> list[DType]:

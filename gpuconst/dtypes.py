@@ -10,6 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .errors import brief
+
 __all__ = ["DTYPES", "DType", "dtype_from_dlpack", "resolve_dtype"]
 
 
@@ -136,9 +138,9 @@ def _resolve_foreign(dtype: Any) -> DType:
     if isinstance(found, np.dtype) and not found.isnative and found.newbyteorder("=") in _ALIASES:
         raise TypeError(
             f"dtype {found.str!r} is not in this machine's byte order; "
-            f"pass {found.newbyteorder('=').name!r} and swap the bytes where they are written out"
+            f"pass {found.newbyteorder('=').name!r}, or of an array x.astype({found.newbyteorder('=').name!r})"
         )
     try:
         return _ALIASES[found]
     except (KeyError, TypeError):
-        raise TypeError(f"unknown dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}") from None
+        raise TypeError(f"unknown dtype {brief(dtype)}; the dtypes are {', '.join(DTYPES)}") from None

@@ -1,4 +1,23 @@
-"""The exceptions that are gpuconst's own; everything else is a built-in one."""
+"""The exceptions that are gpuconst's own, everything else being a built-in one, and what messages show of values."""
+
+import reprlib
+from typing import Any
+
+__all__ = ["CopyNeededError", "DeviceUnavailableError", "OutOfMemoryError", "brief"]
+
+_brief = reprlib.Repr()
+_brief.maxother = _brief.maxstring = _brief.maxlong = 120
+
+
+def brief(value: Any) -> str:
+    """Return the repr of a value that somebody gave, cut where it would make a page of a message.
+
+    Parameters
+    ----------
+    value : object
+        Of any kind and size.
+    """
+    return _brief.repr(value)
 
 
 class DeviceUnavailableError(RuntimeError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from .torch_rules import (
     mark_stretch_written,
     mark_written,
     restricted,
+    storages,
     stretch,
     tensor_positions,
 )
@@ -237,13 +238,15 @@ def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
 class FillPlan:
     """Arrays and values, checked and laid out once, to be filled at the price of one launch per device.
 
-    Made by `plan_fill`. The plan writes to the addresses that the arrays had when it was made. What
-    moves or frees an array's memory makes it stale: ``module.double()``, ``tensor.resize_``,
-    ``tensor.data = …``, the resharding of FSDP. Ask `stale` after anything of the kind, and make a new
-    plan if it names any; filling through a stale plan writes into memory that is no longer the array's.
+    Made by `plan_fill`. The plan writes to the addresses that the arrays had when it was made, and keeps
+    that memory alive. What gives an array other memory makes the plan stale: ask `stale` after anything
+    of the kind, and make a new plan if it names any. After ``module.double()`` or ``tensor.data = …`` a
+    stale plan fills memory that nobody reads any more. What frees the memory itself, ``tensor.resize_``,
+    ``untyped_storage().resize_`` (the resharding of FSDP does that) or ``ndarray.resize`` without its
+    check, nobody can keep alive: a fill after it writes into memory of others.
     """
 
-    __slots__ = ("_arrays", "_extents", "_restricted", "_steps", "_tensors")
+    __slots__ = ("_arrays", "_extents", "_restricted", "_steps", "_storages", "_tensors")
 
     def __init__(self, xs: Iterable[Any], fill_values: Any) -> None:
         start = time.perf_counter()
@@ -252,11 +255,12 @@ class FillPlan:
         for step in self._steps:
             step.settle()
         self._tensors = _tensors(self._arrays)
-        self._restricted = restricted(self._tensors)
+        self._storages = storages(self._tensors)
+        self._restricted = restricted(self._arrays)
         self._extents = extents(self._arrays)
         self._log_done("planned to fill", start)
 
-    def fill(self, stream: Any = None) -> None:
+    def fill(self, *, stream: Any = None) -> None:
         """Fill the arrays.
 
         Parameters
@@ -276,11 +280,14 @@ class FillPlan:
         if compiling():
             from .torch_eager import eagerly
 
-            eagerly(FillPlan.fill, self, stream)
+            eagerly(FillPlan.fill, self, stream=stream)
             return
         start = time.perf_counter()
-        for tensor in self._restricted:
-            check_writable(tensor)
+        for position in self._restricted:
+            try:
+                check_writable(self._arrays[position])
+            except RuntimeError as error:
+                raise RuntimeError(f"xs[{position}]: {error}") from None
         _check_stream(stream, self._steps)
         _fill(self._steps, stream, self._tensors)
         self._log_done("filled", start)
@@ -293,11 +300,14 @@ class FillPlan:
         list of int
             Empty as long as the plan may be used.
         """
-        here = extents(self._arrays)
-        return [index for index, (then, now) in enumerate(zip(self._extents, here, strict=True)) if then != now]
+        moved: list[int] = np.flatnonzero((extents(self._arrays) != self._extents).any(axis=0)).tolist()
+        return moved
 
     def _log_done(self, what: str, start: float) -> None:
         _log_done(what, len(self._arrays), sum(step.nbytes for step in self._steps), len(self._steps), start)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} holds addresses, and cannot be copied or pickled; make another: gpuconst.plan_fill")
 
     def __repr__(self) -> str:
         devices = ", ".join(dict.fromkeys(step.place.device for step in self._steps))

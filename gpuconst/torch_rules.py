@@ -27,6 +27,7 @@ __all__ = [
     "mark_stretch_written",
     "mark_written",
     "restricted",
+    "storages",
     "stretch",
     "tensor_positions",
 ]
@@ -50,10 +51,11 @@ def check_eager() -> None:
     Raises
     ------
     RuntimeError
-        Under `torch.export`, `make_fx`, and what builds on them.
+        Under `torch.export`, `make_fx`, `torch.jit.trace`, and what builds on them.
     """
+    tracing = sys.modules["torch"].jit.is_tracing()
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    if proxies is not None and proxies.get_proxy_mode() is not None:
+    if tracing or (proxies is not None and proxies.get_proxy_mode() is not None):
         raise RuntimeError("torch is tracing into a graph, which would lack the fill; use x.fill_() or torch.full_like")
 
 
@@ -84,6 +86,11 @@ def _plain_types() -> frozenset[type]:
     torch = sys.modules["torch"]  # imported by whoever made a tensor; looking it up is all that costs
 
     return frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def _are_plain(tensors: Sequence[Any]) -> bool:
+    """Whether the memory of each tensor is its own."""
+    return _plain_types().issuperset(map(type, tensors))
 
 
 def local_part(tensor: Any) -> Any:
@@ -125,7 +132,8 @@ def check_writable(tensor: Any) -> None:
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError("the tensor was made in inference mode; fill it there, or fill a clone()")
     if tensor.layout is not torch.strided:
-        raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; fill its values()")
+        way_out = "use its to_dense()" if tensor.is_mkldnn else "fill its values()"
+        raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; {way_out}")
     if type(tensor) not in _plain_types() and type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; fill those")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -173,19 +181,34 @@ def mark_stretch_written(tensor: Any) -> None:
     sys.modules["torch"].autograd.graph.increment_version(tensor)
 
 
-def restricted(tensors: Sequence[Any]) -> list[Any]:
-    """Return a tensor that `check_writable` refuses while autograd is recording, and one outside of inference mode.
+def restricted(arrays: Sequence[Any]) -> list[int]:
+    """Return where a tensor is that `check_writable` refuses while autograd records, and one outside of inference mode.
 
     They stand for all others of their kind, where asking each would cost more than filling it.
 
     Parameters
     ----------
-    tensors : sequence of torch.Tensor
-        Of which none may be of either kind.
+    arrays : sequence of array
+        In which there may be no tensor of either kind.
     """
-    leaf = next((x for x in tensors if x.requires_grad and has_memory(x)), None)
-    inference = next((x for x in tensors if x.is_inference() and has_memory(x)), None)
-    return [x for x in (leaf, inference) if x is not None]
+    tensors = [(position, arrays[position]) for position in tensor_positions(arrays)]
+    leaf = (position for position, x in tensors if x.requires_grad and has_memory(x))
+    inference = (position for position, x in tensors if x.is_inference() and has_memory(x))
+    return [*itertools.islice(leaf, 1), *itertools.islice(inference, 1)]
+
+
+def storages(tensors: Sequence[Any]) -> list[Any]:
+    """Return the storage of each tensor, which keeps its memory when the tensor is given other memory.
+
+    Parameters
+    ----------
+    tensors : sequence of torch.Tensor
+        Of those that `check_writable` lets pass, or without memory.
+    """
+    if not tensors:
+        return []
+    parts = tensors if _are_plain(tensors) else map(local_part, tensors)
+    return list(map(sys.modules["torch"].Tensor.untyped_storage, parts))
 
 
 class Columns(NamedTuple):
@@ -254,8 +277,7 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     def false(fact: Callable[[Any], bool]) -> np.ndarray | bool:
         return not any(map(fact, tensors)) or ~read(fact)
 
-    kinds = set(map(type, tensors))
-    ordinary = kinds <= _plain_types() and torch.autograd.forward_ad._current_level < 0
+    ordinary = _are_plain(tensors) and torch.autograd.forward_ad._current_level < 0
     if ordinary:
         try:
             addresses = read(tensor_type.data_ptr, np.uint64)
@@ -273,9 +295,10 @@ def _columns(tensors: Sequence[Any]) -> Columns:
         if len(itemsizes) > 1
         else [*itemsizes.values()]
     )
-    # Null covers storage that was freed. Storage cut short is found by the look at a single tensor only:
-    # asking each for its storage would double the time here, and torch's own fill_ does not ask.
-    plain = (addresses != 0) & (addresses % np.array(steps, np.uint64) == 0)
+    itemsize = np.array(steps, np.uint64)
+    plain = (addresses != 0) & (addresses % itemsize == 0)
+    stored = np.fromiter(map(torch.UntypedStorage.nbytes, map(tensor_type.untyped_storage, tensors)), np.uint64, count)
+    plain &= read(tensor_type.storage_offset, np.uint64) * itemsize + nbytes <= stored
     plain &= true(tensor_type.is_contiguous)
     plain &= false(operator.attrgetter("is_nested"))
     plain &= false(tensor_type.is_neg)
@@ -301,6 +324,6 @@ def mark_written(tensors: Sequence[Any]) -> None:
     tensors : sequence of torch.Tensor
         Inference tensors among them, which have no version, are passed over.
     """
-    if not _plain_types().issuperset(map(type, tensors)):
+    if not _are_plain(tensors):
         tensors = [*tensors, *map(local_part, tensors)]
     sys.modules["torch"].autograd.graph.increment_version(tensors)

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from .dtypes import DTYPES, DType
+from .errors import brief
 
 __all__ = ["check_shape", "default_dtype", "encode", "encode_each"]
 
@@ -84,15 +85,17 @@ def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
             raise ValueError(f"shape {dims} has a negative dimension ({length})")
     if len(dims) > _MAX_NDIM:
         raise ValueError(f"a shape has at most {_MAX_NDIM} dimensions, not {len(dims)}")
-    # Zero-size shapes are held to the same limit, as NumPy does: strides must stay representable.
     if math.prod(length for length in dims if length) * itemsize > _MAX_BYTES:
-        raise OverflowError(f"shape {dims} with {itemsize}-byte elements has more than 2**63 - 1 bytes")
+        said = "has"
+        if 0 in dims:  # held to the same limit, as NumPy does: strides must stay representable
+            said = "holds nothing, but its other dimensions would have"
+        raise OverflowError(f"shape {dims} with {itemsize}-byte elements {said} more than 2**63 - 1 bytes")
     return dims, math.prod(dims) * itemsize
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
     if isinstance(shape, bool | np.bool_ | str | bytes | Mapping | Set):
-        raise TypeError(f"a shape is an int or a sequence of ints, not {shape!r}")
+        raise TypeError(f"a shape is an int or a sequence of ints, not {brief(shape)}")
     try:
         return (operator.index(shape),)
     except TypeError:
@@ -100,10 +103,10 @@ def _dimensions(shape: Any) -> tuple[int, ...]:
     try:
         lengths = list(shape)
     except TypeError:
-        raise TypeError(f"a shape is an int or a sequence of ints, not {shape!r}") from None
+        raise TypeError(f"a shape is an int or a sequence of ints, not {brief(shape)}") from None
     for length in lengths:
         if isinstance(length, bool | np.bool_) or not hasattr(length, "__index__"):
-            raise TypeError(f"a dimension of a shape is an int, not {length!r} (in {shape!r})")
+            raise TypeError(f"a dimension of a shape is an int, not {brief(length)} (in {brief(shape)})")
     return tuple(map(operator.index, lengths))
 
 
@@ -235,12 +238,7 @@ def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
 
 def _number(value: Any) -> int | float | complex:
     """Return a scalar as the Python number it is, bool included."""
-    if isinstance(value, np.ndarray):
-        if value.ndim:
-            raise TypeError(
-                f"fill_value is an array of shape {value.shape}, expected a scalar; "
-                "array values belong to gpuconst.keras.Constant"
-            )
+    if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, np.generic):
         if isinstance(value, np.bool_ | np.integer | np.float16 | np.float32 | np.float64 | np.complexfloating):
@@ -249,18 +247,27 @@ def _number(value: Any) -> int | float | complex:
             value = float(value)
     if isinstance(value, int | float | complex):
         return value
-    if isinstance(value, np.flexible | np.datetime64 | np.timedelta64):
+    raise _no_number(value)
+
+
+def _no_number(value: Any) -> TypeError:
+    if getattr(value, "ndim", 0):
+        return TypeError(
+            f"fill_value is {type(value).__name__} of shape {tuple(value.shape)}, expected a scalar; "
+            "many values are not filled but copied, by the library that the array is of"
+        )
+    if isinstance(value, type | np.flexible | np.datetime64 | np.timedelta64):
         hint = ""
     elif isinstance(value, np.complexfloating):
         hint = "; pass complex(x)"
-    elif hasattr(value, "__float__") and not isinstance(value, str):
-        hint = "; pass float(x)"
-    elif hasattr(value, "item"):
+    elif hasattr(value, "item") and not isinstance(value, np.generic):
         hint = "; pass x.item()"
+    elif hasattr(value, "__float__"):
+        hint = "; pass float(x)"
     else:
         hint = ""
-    raise TypeError(
-        f"fill_value is {value!r} of type {type(value).__name__}, "
+    return TypeError(
+        f"fill_value is {brief(value)} of type {type(value).__name__}, "
         f"expected bool, int, float, complex, a NumPy scalar or bytes{hint}"
     )
 
@@ -344,8 +351,5 @@ def _does_not_fit(number: int | float | complex, dtype: DType) -> OverflowError:
         span = f"±{float(limit):.6g}"
         if not isinstance(number, int) and not np.isfinite(number):
             span += ", without infinity"
-    wider = "" if dtype.name == bits else f" a wider dtype such as {bits},"
-    return OverflowError(
-        f"{_shown(number)} does not fit {dtype.name} ({span}); pass a value in that range,{wider} "
-        "or the element's raw bits as bytes"
-    )
+    wider = "" if dtype.name == bits else f", or a wider dtype such as {bits}"
+    return OverflowError(f"{_shown(number)} does not fit {dtype.name} ({span}); pass a value in that range{wider}")

@@ -26,6 +26,7 @@ __all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory",
 
 _CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
 _IS_COPIED = 2
+_READ_ONLY = "it is read-only; fill a copy of it"
 
 
 class View(NamedTuple):
@@ -158,8 +159,8 @@ def shares_memory(a: Any, b: Any) -> bool:
     return first.device == second.device and bool(np.shares_memory(_outline(first), _outline(second)))
 
 
-def extents(arrays: Sequence[Any]) -> list[tuple[int, int]]:
-    """Return where the memory of each array is, and its bytes or, of a foreign array, its elements.
+def extents(arrays: Sequence[Any]) -> np.ndarray:
+    """Return where the memory of each array is, and its bytes or, of a foreign array, its elements: two rows.
 
     Parameters
     ----------
@@ -167,9 +168,13 @@ def extents(arrays: Sequence[Any]) -> list[tuple[int, int]]:
         Meta and fake tensors, and arrays that have lost their memory, are at address 0.
     """
     torch = sys.modules.get("torch")
-    if torch is None or not {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, arrays)):
-        return [_extent(x) for x in arrays]  # a DTensor's own address is no memory's
-    return list(zip(map(torch.Tensor.data_ptr, arrays), map(operator.attrgetter("nbytes"), arrays), strict=True))
+    found = np.empty((2, len(arrays)), np.uint64)
+    if torch is not None and {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, arrays)):
+        found[0] = np.fromiter(map(torch.Tensor.data_ptr, arrays), np.uint64, len(arrays))
+        found[1] = np.fromiter(map(operator.attrgetter("nbytes"), arrays), np.uint64, len(arrays))
+    else:  # a DTensor's own address is no memory's
+        found.T[:] = np.array([_extent(x) for x in arrays], np.uint64).reshape(-1, 2)
+    return found
 
 
 def _extent(x: Any) -> tuple[int, int]:
@@ -226,7 +231,7 @@ def _read_array(x: Array) -> View:
 
 def _read_numpy(x: Any) -> View:
     dtype = resolve_dtype(x.dtype)
-    read_only = None if x.flags.writeable else "it is read-only"
+    read_only = None if x.flags.writeable else _READ_ONLY
     return View(x.__array_interface__["data"][0], x.shape, x.strides, dtype, "cpu", x, read_only)
 
 
@@ -275,13 +280,16 @@ def _read_jax(x: Any) -> View:
 
 def _read_tensorflow(x: Any) -> View:
     resolve_dtype(x.dtype)  # TensorFlow's exporter aborts the process on strings
+    way_out = "make a new one: gpuconst.full(...).to_tensorflow()"
     if isinstance(x, sys.modules["tensorflow"].Variable):
-        x = x.value()
+        x, way_out = x.value(), f"{way_out}, and hand it to variable.assign"
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{x!r} is symbolic and has no memory")
-    return _read_dlpack(x)._replace(
-        read_only="TensorFlow's tensors are immutable; make a new one: gpuconst.full(...).to_tensorflow()"
-    )
+    return _read_dlpack(x)._replace(read_only=f"TensorFlow's tensors are immutable; {way_out}")
+
+
+def _read_proxy(x: Any) -> View:
+    raise TypeError(f"{x!r} stands for a tensor in a graph of torch.fx and has no memory; use torch.full_like")
 
 
 def _read_cupy(x: Any) -> View:
@@ -303,7 +311,7 @@ def _read_cuda_interface(x: Any) -> View:
         raise TypeError("the array is masked; fill its data and its mask each on its own")
     index = cuda_driver.device_of(address) if math.prod(shape) else 0
     return View(
-        address, shape, strides, dtype, f"cuda:{index}", x, "it is read-only" if read_only else None,
+        address, shape, strides, dtype, f"cuda:{index}", x, _READ_ONLY if read_only else None,
         interface.get("stream") or 0,
     )  # fmt: skip
 
@@ -341,7 +349,7 @@ def _read_dlpack(x: Any) -> View:
     else:
         strides = contiguous_strides(shape, dtype.itemsize)
     address = (tensor.data or 0) and tensor.data + tensor.byte_offset
-    return View(address, shape, strides, dtype, device, capsule, "it is read-only" if flags & READ_ONLY else None)
+    return View(address, shape, strides, dtype, device, capsule, _READ_ONLY if flags & READ_ONLY else None)
 
 
 def _dlpack_device(tensor: Tensor) -> str:
@@ -366,7 +374,8 @@ def _read_buffer(x: Any) -> View:
 
 
 def _refuse(x: Any) -> View:
-    hint = "; for a Keras variable use variable.assign" if hasattr(x, "assign") else ""
+    is_variable = hasattr(x, "assign") and hasattr(x, "trainable")
+    hint = "; for a Keras variable use variable.assign" if is_variable else ""
     raise TypeError(
         f"{type(x).__name__} is no array; expected a torch tensor, a NumPy or CuPy array, a gpuconst.Array, "
         f"or an object with DLPack or the buffer protocol{hint}"
@@ -375,6 +384,7 @@ def _refuse(x: Any) -> View:
 
 _FRAMEWORKS: list[tuple[str, str, Callable[[Any], View]]] = [
     ("torch", "Tensor", _read_torch),
+    ("torch.fx", "Proxy", _read_proxy),
     ("cupy", "ndarray", _read_cupy),
     ("jax", "Array", _read_jax),
     ("jax.core", "Tracer", _read_jax),

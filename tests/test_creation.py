@@ -305,6 +305,12 @@ def test_an_unknown_device_is_told_the_known_ones(device: Any) -> None:
         gpuconst.full(1, 1, device=device)
 
 
+def test_a_device_by_the_name_that_others_give_it() -> None:
+    for device in ("gpu", "gpu:0"):
+        with pytest.raises(ValueError, match="; a GPU is 'cuda' here$"):
+            gpuconst.full(1, 1, device=device)
+
+
 @pytest.mark.parametrize("stream", [0, 1, -1, object()])
 def test_a_stream_for_the_cpu(stream: Any) -> None:
     with pytest.raises(ValueError, match=r"stream=.* was given, but the result is on the CPU, which has none"):

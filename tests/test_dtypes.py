@@ -111,6 +111,9 @@ def test_foreign_byte_order(name: str) -> None:
     for spelling in [foreign, foreign.str]:
         with pytest.raises(TypeError, match=f"'{foreign.str}' is not in this machine's byte order; pass '{name}'"):
             gpuconst.full(1, 1, dtype=spelling, device="cpu")
+    with pytest.raises(TypeError, match=r"or of an array x\.astype\('(.*)'\)$") as caught:
+        gpuconst.fill(np.ones(2, foreign), 1)
+    gpuconst.fill(np.ones(2, foreign).astype(str(caught.value).split("'")[-2]), 1)
 
 
 @pytest.mark.parametrize(

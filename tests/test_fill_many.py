@@ -265,6 +265,19 @@ def without_storage() -> torch.Tensor:
     return x
 
 
+def cut_short() -> torch.Tensor:
+    x = torch.zeros(30)
+    x.untyped_storage().resize_(4)
+    return x
+
+
+def beyond_its_storage() -> torch.Tensor:
+    x = torch.zeros(30)
+    view = x[20:]
+    x.untyped_storage().resize_(100)
+    return view
+
+
 def nested() -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype
@@ -290,6 +303,8 @@ BAD: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]] = {
     "nested": (nested, 1, TypeError, "the tensor is nested"),
     "bits": (lambda: torch.empty(3, dtype=torch.bits8), 1, TypeError, "unknown dtype torch.bits8"),
     "without storage": (without_storage, 1, ValueError, "storage was resized to 0 bytes"),
+    "cut short": (cut_short, 1, ValueError, "storage was resized to 4 bytes, it needs 120"),
+    "beyond its storage": (beyond_its_storage, 1, ValueError, "storage was resized to 100 bytes, it needs 120"),
     "byte order": (lambda: np.zeros(3, ">f4"), 1, TypeError, "byte order"),
     "no bytes": (lambda: np.empty(3, "V0"), 1, TypeError, "unknown dtype"),
     "NumPy scalar": (lambda: np.float32(1), 1, TypeError, "is a NumPy scalar"),
@@ -328,12 +343,44 @@ def test_one_value_that_does_not_fit_all() -> None:
     assert not any(x.any() for x in arrays)
 
 
-@pytest.mark.parametrize("values", [[1], [1, 2, 3], [], iter([1]), np.zeros(3)])
+@pytest.mark.parametrize("values", [[1], [1, 2, 3], [], iter([1]), np.zeros(3), itertools.count()])
 def test_lengths_that_differ(values: Any) -> None:
     arrays = [torch.zeros(3), torch.zeros(3)]
-    with pytest.raises(ValueError, match=r"there are 2 arrays and \d values; expected one value, or one for each"):
+    with pytest.raises(
+        ValueError, match=r"there are 2 arrays and (0|1|more than 2) values; expected one value, or one for each"
+    ):
         gpuconst.fill_many(arrays, values)
     assert not any(x.any() for x in arrays)
+
+
+@pytest.mark.parametrize("values", [{1, 2}, {1: 2, 3: 4}, {}, frozenset({5})], ids=repr)
+def test_values_that_have_no_order(values: Any) -> None:
+    arrays = [torch.zeros(3), torch.zeros(3)]
+    with pytest.raises(
+        TypeError, match=rf"fill_values is {type(values).__name__}, expected one value, or one for each array in a list"
+    ):
+        gpuconst.fill_many(arrays, values)
+    assert not any(x.any() for x in arrays)
+
+
+@pytest.mark.parametrize("values", [torch.ones(2), jnp.ones(2), gpuconst.ones(2, device="cpu")])
+def test_values_in_the_array_of_a_framework(values: Any) -> None:
+    arrays = [torch.zeros(3), torch.zeros(3)]
+    with pytest.raises(TypeError, match=rf"fill_values is {type(values).__name__}.*in a list or a NumPy array"):
+        gpuconst.fill_many(arrays, values)
+    assert not any(x.any() for x in arrays)
+    gpuconst.fill_many(arrays, np.asarray(values))
+    assert all((x == 1).all() for x in arrays)
+
+
+@pytest.mark.parametrize("prepare", [gpuconst.fill_many, gpuconst.plan_fill])
+@pytest.mark.parametrize("module", [torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(2, 3))])
+def test_a_module_or_a_dict_instead_of_arrays(module: torch.nn.Module, prepare: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=rf"xs is {type(module).__name__}, .*; pass its parameters\(\) or buffers\(\)"):
+        prepare(module, 1)
+    with pytest.raises(TypeError, match=r"xs is OrderedDict, .*; pass its values\(\)"):
+        prepare(module.state_dict(), 1)
+    prepare(module.state_dict().values(), 1)
 
 
 @pytest.mark.parametrize("prepare", [gpuconst.fill_many, gpuconst.plan_fill])
@@ -360,7 +407,9 @@ def test_one_array_instead_of_several(x: Any) -> None:
         gpuconst.fill_many(x, 1)
 
 
-@pytest.mark.parametrize("prepare", [gpuconst.fill_many, lambda *args, stream: gpuconst.plan_fill(*args).fill(stream)])
+@pytest.mark.parametrize(
+    "prepare", [gpuconst.fill_many, lambda *args, stream: gpuconst.plan_fill(*args).fill(stream=stream)]
+)
 def test_a_stream_for_the_cpu(prepare: Callable[..., Any]) -> None:
     x = torch.zeros(3)
     with pytest.raises(ValueError, match="stream=7 was given, but all arrays are on the CPU"):

@@ -43,7 +43,7 @@ READ_ONLY: dict[str, Callable[[], Any]] = {
 def test_read_only_memory_is_refused(kind: str) -> None:
     x = READ_ONLY[kind]()
     before = x.tobytes() if isinstance(x, np.ndarray) else None
-    with pytest.raises(ValueError, match=rf"^cannot fill {type(x).__name__}: it is read-only$"):
+    with pytest.raises(ValueError, match=rf"^cannot fill {type(x).__name__}: it is read-only; fill a copy of it$"):
         gpuconst.fill(x, 7)
     assert before is None or x.tobytes() == before
 
@@ -92,8 +92,9 @@ def test_tensorflow_tensors_are_immutable() -> None:
     import tensorflow as tf
 
     message = r"TensorFlow's tensors are immutable; .*gpuconst\.full\(\.\.\.\)\.to_tensorflow\(\)"
-    for x in (tf.ones(3), tf.Variable(tf.ones(3)), tf.ones(3, tf.bfloat16)):
-        with pytest.raises(ValueError, match=message):
+    assign = r", and hand it to variable\.assign$"
+    for x, way_out in ((tf.ones(3), "$"), (tf.Variable(tf.ones(3)), assign), (tf.ones(3, tf.bfloat16), "$")):
+        with pytest.raises(ValueError, match=message + way_out):
             gpuconst.fill(x, 0)
         assert tf.reduce_all(tf.convert_to_tensor(x) == 1)
     for x in (tf.constant("text"), tf.Variable("text"), tf.zeros(3, tf.qint8)):
@@ -133,6 +134,20 @@ def test_keras_variables_are_sent_to_assign(run_python: Callable[..., str]) -> N
 def test_what_is_no_array_is_refused(x: Any) -> None:
     with pytest.raises(TypeError, match=rf"^{type(x).__name__} is no array; expected a torch tensor, a NumPy or CuPy"):
         gpuconst.fill(x, 0)
+
+
+def test_only_variables_are_sent_to_assign() -> None:
+    class Frame:
+        def assign(self) -> None:
+            """As a table of pandas has it, for something else."""
+
+    with pytest.raises(TypeError, match="Frame is no array.*buffer protocol$"):
+        gpuconst.fill(Frame(), 0)
+
+
+def test_a_placeholder_of_torch_fx_has_no_memory() -> None:
+    with pytest.raises(TypeError, match=r"stands for a tensor in a graph of torch\.fx .*use torch\.full_like"):
+        torch.fx.symbolic_trace(lambda x: gpuconst.fill(x, 0))
 
 
 @pytest.mark.parametrize("x", [np.float32(1), np.array(1)[()], np.bool_(True)], ids=repr)

@@ -190,6 +190,8 @@ def test_memory_is_given_back_with_the_last_view(consume: Any) -> None:
 WRONG: list[tuple[Any, type[Exception], str]] = [
     (3, TypeError, r"has the spec 3, expected \(shape, fill_value, dtype\)"),
     (None, TypeError, "has the spec None"),
+    ("abc", TypeError, "has the spec 'abc'"),
+    ({3: "shape", 1.0: "value", "float32": "dtype"}, TypeError, "has the spec {"),
     ((3, 1.0), TypeError, r"has the spec \(3, 1.0\)"),
     ((3, 1.0, "float32", "cpu"), TypeError, "has the spec"),
     (("abc", 1.0, None), TypeError, "a shape is an int or a sequence of ints"),

@@ -5,6 +5,7 @@ import copy
 import doctest
 import gc
 import logging
+import pickle
 import re
 import sys
 import threading
@@ -170,6 +171,41 @@ def test_arrays_live_as_long_as_the_plan() -> None:
     assert [reference() for reference in references] == [None] * 4
 
 
+GIVEN_OTHER_MEMORY: dict[str, Callable[[torch.nn.Parameter], Any]] = {
+    "new data": lambda x: setattr(x, "data", torch.ones(30)),
+    "set": lambda x: x.set_(torch.ones(30)),  # type: ignore[call-overload]
+    "another dtype": lambda x: setattr(x, "data", x.data.double()),
+    "swapped": lambda x: swap_tensors(x, torch.nn.Parameter(torch.ones(30))),  # type: ignore[no-untyped-call]
+}
+
+
+@pytest.mark.parametrize("give", GIVEN_OTHER_MEMORY)
+def test_the_memory_lives_as_long_as_the_plan_whatever_the_tensor_is_given(give: str) -> None:
+    memory = np.zeros(30, np.float32)
+    x, owner = torch.nn.Parameter(torch.from_numpy(memory)), weakref.ref(memory)
+    with torch.no_grad():
+        plan = gpuconst.plan_fill([np.zeros(3), x], 5)
+        GIVEN_OTHER_MEMORY[give](x)
+        del memory
+        gc.collect()
+        assert owner() is not None
+        plan.fill()
+        np.testing.assert_array_equal(owner(), 5)
+        assert not (x == 5).any()
+    del plan
+    gc.collect()
+    assert owner() is None
+
+
+def test_a_plan_is_not_copied() -> None:
+    plan = gpuconst.plan_fill([torch.zeros(3)], 1)
+    for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(
+            TypeError, match=r"FillPlan\(1 arrays.* cannot be copied or pickled; make another: gpuconst\."
+        ):
+            duplicate(plan)
+
+
 def test_a_bytearray_cannot_move_as_long_as_the_plan_lives() -> None:
     x = bytearray(5)
     plan = gpuconst.plan_fill([x], 7)
@@ -229,7 +265,7 @@ def test_what_requires_grad_is_filled_only_outside_of_autograd(view: Callable[[t
     before = x._version
     with torch.no_grad():
         plan = gpuconst.plan_fill([free, torch.zeros(3, device="meta", requires_grad=True), x], 5)
-    with pytest.raises(RuntimeError, match=r"requires grad .*no_grad"):
+    with pytest.raises(RuntimeError, match=r"^xs\[2\]: the tensor requires grad .*no_grad"):
         plan.fill()
     assert not any([free.any(), x.any(), free._version, x._version - before])
     with torch.no_grad():

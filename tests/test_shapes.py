@@ -136,6 +136,13 @@ def test_more_than_memory_can_ever_be(lengths: tuple[int, ...], dtype: str, sequ
         gpuconst.full(sequence(lengths), 1, dtype=dtype, device="cpu")
 
 
+def test_a_shape_that_holds_nothing_has_the_same_limit() -> None:
+    with pytest.raises(
+        OverflowError, match=r"holds nothing, but its other dimensions would have more than 2\*\*63 - 1"
+    ):
+        gpuconst.full((0, 2**63), 1, device="cpu")
+
+
 @pytest.mark.parametrize("shape", [2**63 - 1, (2**31, 2**31), (2**48,)], ids=str)
 def test_more_than_this_machine_has(shape: Any) -> None:
     nbytes = math.prod(shape) if isinstance(shape, tuple) else shape

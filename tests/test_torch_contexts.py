@@ -173,7 +173,16 @@ def test_a_recorded_fill_is_refused(module: type[torch.nn.Module], mode: Any) ->
         make_fx(module(), tracing_mode=mode, pre_dispatch=True)(torch.ones(3))
 
 
-def test_a_plan_is_not_recorded_either() -> None:
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("module", [Filled, ManyFilled])
+def test_a_fill_is_not_traced_by_torch_jit(module: type[torch.nn.Module]) -> None:
+    with pytest.raises(RuntimeError, match=r"tracing into a graph, which would lack the fill; use x\.fill_"):
+        torch.jit.trace(module(), torch.ones(3))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("record", [make_fx, lambda function: lambda x: torch.jit.trace(function, x)])  # type: ignore[no-untyped-call]
+def test_a_plan_is_not_recorded_either(record: Callable[..., Any]) -> None:
     x = torch.ones(3)
     plan = gpuconst.plan_fill([x], 5.0)
 
@@ -182,7 +191,7 @@ def test_a_plan_is_not_recorded_either() -> None:
         return y + x
 
     with pytest.raises(RuntimeError, match="tracing into a graph"):
-        make_fx(function)(torch.ones(3))
+        record(function)(torch.ones(3))
     assert x.tolist() == [1, 1, 1]
 
 
