@@ -2,7 +2,7 @@
 
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if _find_spec("gpuconst.kernels") is None:
     raise ImportError(
@@ -15,20 +15,14 @@ from .errors import CopyNeededError, DeviceUnavailableError, OutOfMemoryError
 from .filling import FillPlan, fill, fill_many, plan_fill
 from .views import shares_memory
 
-if TYPE_CHECKING:
-    from .environment import Info, info
-    from .keras import Constant, Ones, Zeros
-
+# Without what needs a framework, so that `from gpuconst import *` asks for none.
 __all__ = [
     "Array",
-    "Constant",
     "CopyNeededError",
     "DeviceUnavailableError",
     "FillPlan",
     "Info",
-    "Ones",
     "OutOfMemoryError",
-    "Zeros",
     "fill",
     "fill_many",
     "full",
@@ -40,18 +34,35 @@ __all__ = [
     "zeros",
 ]
 
-_ADAPTERS = {"jax", "keras", "torch"}
-_LAZY = {"Constant": "keras", "Info": "environment", "Ones": "keras", "Zeros": "keras", "info": "environment"}
+if TYPE_CHECKING:
+    from . import jax as jax
+    from . import keras as keras
+    from . import torch as torch
+    from .environment import Info, info
+    from .keras import Constant as Constant
+    from .keras import Ones as Ones
+    from .keras import Zeros as Zeros
 
+    __version__: str
+else:
+    _ADAPTERS = {"jax": [], "keras": ["Constant", "Ones", "Zeros"], "torch": []}
+    _LAZY = {
+        **{name: module for module, names in _ADAPTERS.items() for name in names},
+        "Info": "environment",
+        "info": "environment",
+    }
 
-def __getattr__(name: str) -> Any:
-    """Import what not every program needs when it is first asked for; with an adapter, its framework."""
-    if name in _ADAPTERS:
-        return _import_module(f"gpuconst.{name}")
-    if name in _LAZY:
-        return getattr(_import_module(f"gpuconst.{_LAZY[name]}"), name)
-    raise AttributeError(f"module 'gpuconst' has no attribute {name!r}")
+    def __getattr__(name):
+        """Import what not every program needs when it is first asked for; with an adapter, its framework."""
+        if name in _ADAPTERS:
+            return _import_module(f"gpuconst.{name}")
+        if name in _LAZY:
+            return getattr(_import_module(f"gpuconst.{_LAZY[name]}"), name)
+        if name == "__version__":
+            return _import_module("importlib.metadata").version("gpuconst")
+        raise AttributeError(f"module 'gpuconst' has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_ADAPTERS})
+    def __dir__():
+        adapters = {module: names for module, names in _ADAPTERS.items() if _find_spec(module) is not None}
+        dunders = [name for name in globals() if name.startswith("__")]
+        return sorted({*__all__, *adapters, *sum(adapters.values(), []), *dunders, "__version__"})

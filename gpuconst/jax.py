@@ -11,6 +11,7 @@ import numpy as np
 
 from .creation import full
 from .dtypes import DType, resolve_dtype
+from .errors import brief
 from .values import encode
 
 try:
@@ -72,8 +73,8 @@ class constant:
     dtype: Any
 
     def __init__(self, value: Any, dtype: Any = None) -> None:
-        if isinstance(value, str | bytes) or value is None:
-            raise TypeError(f"constant takes a number or an array, not {value!r}")
+        if not _is_scalar(value) and not hasattr(value, "shape"):
+            raise TypeError(f"constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
             value = value.item()  # the dtype of a value does not count
         self.value = value
@@ -161,12 +162,13 @@ def check_narrowed(value: Any, dtype: Any) -> None:
         asked = resolve_dtype(dtype)
     except TypeError:  # int4, random keys
         return
+    encode(value, asked)
     row = resolve_dtype(jax.dtypes.canonicalize_dtype(asked.numpy))
     try:
         encode(value, row)
-    except OverflowError as error:
+    except OverflowError:
         raise OverflowError(
-            f"{error}; JAX takes {row.name} for {asked.name} while 64-bit types are off; "
+            f"{brief(value)} does not fit {row.name}, which JAX takes for {asked.name} while 64-bit types are off; "
             "enable them: jax.config.update('jax_enable_x64', True)"
         ) from None
 

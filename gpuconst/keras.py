@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from .array import Array
 from .backends import select
 from .creation import full
 from .dtypes import resolve_dtype
-from .errors import DeviceUnavailableError
+from .errors import DeviceUnavailableError, brief
 from .filling import fill
 from .torch_rules import has_memory
 from .values import check_shape, default_dtype, encode
@@ -70,8 +70,9 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
     """
 
     def __init__(self, value: Any = 0.0) -> None:
-        if isinstance(value, str | bytes) or value is None:
-            raise TypeError(f"Constant takes a number or an array, not {value!r}")
+        is_array = hasattr(value, "shape") or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
+        if not is_array and not _is_scalar(value):
+            raise TypeError(f"Constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         super().__init__(value)
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:
@@ -175,8 +176,9 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
             if tensor is not None:
                 return tensor
     # As a Python number: not every backend's full takes the scalars of NumPy and ml_dtypes for what they are.
+    # As a float where it becomes one: TensorFlow makes no float8 of anything else.
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
-    return keras.ops.full(lengths, number, dtype=dtype)
+    return keras.ops.full(lengths, float(number.real) if "float" in dtype else number, dtype=dtype)
 
 
 def _dynamo_compiles() -> bool:

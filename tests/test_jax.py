@@ -251,9 +251,9 @@ def test_what_does_not_fit_is_refused(value: Any, dtype: Any, error: type[Except
         jax.jit(lambda: constant(value)(None, (3,), dtype))()
 
 
-@pytest.mark.parametrize("value", ["1", None, b"\x00"])
+@pytest.mark.parametrize("value", ["1", None, b"\x00", {}, {1, 2}, object(), [1.0, 2.0]], ids=repr)
 def test_what_is_no_value_is_refused_at_once(value: Any) -> None:
-    with pytest.raises(TypeError, match="takes a number or an array"):
+    with pytest.raises(TypeError, match="takes a bool, int, float, complex, NumPy scalar or array, not"):
         constant(value)
 
 

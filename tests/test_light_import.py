@@ -1,5 +1,6 @@
 """`import gpuconst` costs what NumPy and ml_dtypes cost: no framework, no CUDA library, no driver."""
 
+import importlib.metadata
 import json
 import types
 from collections.abc import Callable
@@ -92,20 +93,50 @@ def test_every_public_name_is_there_and_listed_in_order() -> None:
         for name, value in vars(gpuconst).items()
         if not name.startswith("_") and not isinstance(value, types.ModuleType)
     }
-    assert public - set(gpuconst.__all__) <= {"Any", "TYPE_CHECKING"}
+    assert public - set(gpuconst.__all__) <= {"TYPE_CHECKING"}
     for name in gpuconst.__all__:
         assert getattr(gpuconst, name).__doc__, name
 
 
-def test_dir_lists_the_lazy_names(run_python: Callable[..., str]) -> None:
+KERAS_NAMES = {"Constant", "Ones", "Zeros", "keras"}
+
+
+@pytest.mark.needs("keras")
+def test_dir_lists_what_there_is_for_users(run_python: Callable[..., str]) -> None:
     names = run_python("import gpuconst; print(*dir(gpuconst))").split()
-    assert {*gpuconst.__all__, "keras"} <= set(names)
+    shown = {name for name in names if not name.startswith("__")}
+    assert shown == {*gpuconst.__all__, *KERAS_NAMES, "torch", "jax"}
+    assert {"__doc__", "__version__"} <= set(names)
     assert names == sorted(names)
+
+
+def test_without_keras_everything_that_is_listed_is_there(run_python: Callable[..., str]) -> None:
+    code = """
+        import sys
+        sys.path.insert(0, "tests")
+        import without
+        without.hide("keras")
+        import inspect, gpuconst, pydoc
+        from gpuconst import *
+        print(*(name for name, _ in inspect.getmembers(gpuconst)), callable(full))
+        assert "fill_many" in pydoc.render_doc(gpuconst)
+    """
+    names = run_python(code).split()
+    assert not KERAS_NAMES & set(names)
+    assert {*gpuconst.__all__, "True"} <= set(names)
+
+
+def test_all_of_it_is_imported_without_a_framework(run_python: Callable[..., str]) -> None:
+    assert loaded(run_python, "from gpuconst import *") == (set(), [])
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    assert gpuconst.__version__ == importlib.metadata.version("gpuconst")
 
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(AttributeError, match="module 'gpuconst' has no attribute 'nothing'"):
-        _ = gpuconst.nothing
+        _ = gpuconst.nothing  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["Constant", "Zeros", "Ones", "keras"])

@@ -70,7 +70,9 @@ def test_what_the_32_bits_cannot_hold_is_refused() -> None:
         return Constant(2**40)((2,), "int64")
 
     for function in (make, jax.jit(make)):
-        with pytest.raises(OverflowError, match="JAX takes int32 for int64 while 64-bit types are off; enable them"):
+        with pytest.raises(
+            OverflowError, match="does not fit int32, which JAX takes for int64 while 64-bit types are off; enable them"
+        ):
             function()
     with jax.enable_x64(True):
         assert make().tolist() == [2**40] * 2

@@ -40,10 +40,15 @@ def test_scalars_are_those_of_keras(dtype: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_float8(dtype: str) -> None:
-    weight = Constant(-1.5)((2, 3), dtype)
+@pytest.mark.parametrize(
+    ("initializer", "value"),
+    [(Constant(-1.5), -1.5), (Constant(2), 2), (Constant(True), 1), (Constant(3 + 0j), 3), (Zeros(), 0), (Ones(), 1)],
+    ids=repr,
+)
+def test_float8(initializer: Any, value: float, dtype: str) -> None:
+    weight = initializer((2, 3), dtype)
     assert keras.backend.standardize_dtype(weight.dtype) == dtype
-    assert as_numpy(keras.ops.cast(weight, "float32")).tolist() == [[-1.5] * 3] * 2
+    assert as_numpy(keras.ops.cast(weight, "float32")).tolist() == [[value] * 3] * 2
 
 
 @pytest.mark.parametrize(
@@ -150,9 +155,9 @@ def test_the_value_policy(value: Any, dtype: str, error: type[Exception], words:
         Constant(value)((2, 3), dtype)
 
 
-@pytest.mark.parametrize("value", [None, "0.1", b"\0\0\0\0"])
+@pytest.mark.parametrize("value", [None, "0.1", b"\0\0\0\0", {}, {1, 2}, object(), print], ids=repr)
 def test_no_number_and_no_array(value: Any) -> None:
-    with pytest.raises(TypeError, match="Constant takes a number or an array, not"):
+    with pytest.raises(TypeError, match="Constant takes a bool, int, float, complex, NumPy scalar or array, not"):
         Constant(value)
 
 
