@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from . import demo
 
             demo.run(backend=options.backend, value=options.value, device=options.device)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; the interpreter must find nothing left to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ImportError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
         print(f"gpuconst {options.command}: {error}", file=sys.stderr)
         return 1
@@ -44,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpuconst", description="Fill device memory with a constant, and hand it to any framework without a copy."
     )
+    parser.add_argument("--version", action="version", version=f"gpuconst {importlib.metadata.version('gpuconst')}")
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="devices, backends and versions, and why the rest is not usable")
     about.add_argument("--json", action="store_true", help="print it as JSON")

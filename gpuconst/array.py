@@ -175,7 +175,8 @@ class Array:
         here = self.__dlpack_device__()
         target = here if dl_device is None else tuple(dl_device)
         if target not in (here, _CPU_DEVICE):
-            raise BufferError(f"cannot export from DLPack device {here} to {target}; only to {here} or {_CPU_DEVICE}")
+            allowed = " or ".join(map(str, dict.fromkeys([here, _CPU_DEVICE])))
+            raise BufferError(f"cannot export from DLPack device {here} to {target}; only to {allowed}")
         if target != here and copy is False:
             raise CopyNeededError(f"memory of {self.device} cannot be read as host memory, and copy=False was given")
         on_cpu = self._place.device == "cpu"

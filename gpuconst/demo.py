@@ -125,5 +125,5 @@ def _keras_backend(asked: str | None) -> str:
         if importlib.util.find_spec(name) is not None:
             return name
     raise ImportError(
-        "Keras needs a backend, and none is installed; pip install 'gpuconst[jax]', [torch] or [tensorflow]"
+        "Keras needs a backend, and none is installed; pip install 'gpuconst[keras,jax]', or with torch or tensorflow"
     )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from .batch import writable_view
 from .dtypes import DType, resolve_dtype
+from .errors import DeviceUnavailableError
 from .filling import fill, fill_many
 from .rules import Rules
 from .torch_rules import has_memory, local_part
@@ -70,6 +71,8 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         If a value is of another kind than the dtype, or a tensor cannot be written.
     OverflowError
         If a value does not fit the dtype.
+    DeviceUnavailableError
+        If torch cannot use the device.
     OutOfMemoryError
         If the device has no memory left.
 
@@ -351,7 +354,11 @@ def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, s
 
 def _resolved(device: torch.device) -> torch.device:
     """Return a device with its index; one that has memory."""
-    probe = torch.empty(0, device=device)
+    try:
+        probe = torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # of a build without CUDA; of a device that is not there
+        reason = str(error).partition(". ")[0]
+        raise DeviceUnavailableError(f"torch cannot use device {str(device)!r}: {reason}") from error
     if not has_memory(probe):
         raise ValueError(f"torch makes tensors without memory on {str(device)!r} here; pass device='cpu' or 'cuda'")
     return probe.device

@@ -69,6 +69,20 @@ def test_the_command_is_the_module() -> None:
     assert "demo" in done.stdout
 
 
+def test_the_version() -> None:
+    done = _gpuconst("--version")
+    assert (done.returncode, done.stdout) == (0, f"gpuconst {importlib.metadata.version('gpuconst')}\n")
+
+
+def test_a_reader_that_has_gone_is_no_error_to_speak_of() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-P", "-m", "gpuconst", "info"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_info_is_a_table() -> None:
     done = _gpuconst("info")
     assert done.returncode == 0, done.stderr
@@ -180,7 +194,9 @@ def test_no_keras() -> None:
 
 def test_no_keras_backend() -> None:
     line = _failed_with_one_line(_gpuconst_without(["tensorflow", "jax", "torch"], "demo"))
-    assert line.startswith("gpuconst demo: Keras needs a backend, and none is installed; pip install 'gpuconst[jax]'")
+    assert line.startswith(
+        "gpuconst demo: Keras needs a backend, and none is installed; pip install 'gpuconst[keras,jax]'"
+    )
     line = _failed_with_one_line(_gpuconst_without(["torch"], "demo", "--backend", "torch"))
     assert line == "gpuconst demo: Keras' backend torch is not installed; pip install 'gpuconst[torch]'"
 

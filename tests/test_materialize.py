@@ -543,6 +543,16 @@ def test_memory_is_where_torch_would_put_it() -> None:
     assert (module.weight == 0.5).all()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch has a GPU here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
+def test_a_device_that_torch_cannot_use(device: str) -> None:
+    module = nn.Linear(2, 2, device="meta")
+    with pytest.raises(gpuconst.DeviceUnavailableError, match=f"^torch cannot use device '{device}': ") as caught:
+        materialize_(module, {"*": 0.5}, device=device)
+    assert len(str(caught.value)) < 200
+    assert module.weight.is_meta
+
+
 def test_no_memory_is_made_of_fake_tensors() -> None:
     module = nn.Linear(2, 2, device="meta")
     with FakeTensorMode(), pytest.raises(ValueError, match="tensors without memory on 'cpu'"):
