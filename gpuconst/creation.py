@@ -85,7 +85,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     dims, nbytes = check_shape(shape, row.itemsize)
     element = encode(fill_value, row)
     place = select(device)
-    handle = 0 if stream is None else stream_handle(stream, place)
+    handle = 0 if stream is None and place.device == "cpu" else stream_handle(stream, place)
     memory, address = place.module.full(nbytes, element, place.ordinal, handle)
     return Array(memory, address, dims, row, place, handle)
 

@@ -16,7 +16,7 @@ from .dtypes import resolve_dtype
 from .kernels import host_fill
 from .kernels.runs import Region
 from .log import debug
-from .streams import current_streams, stream_handle
+from .streams import check_captured, current_streams, stream_handle
 from .torch_rules import (
     check_eager,
     check_writable,
@@ -99,6 +99,8 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     element = encode(fill_value, view.dtype)
     place = select(view.device)
     handle = view.stream if stream is None else stream_handle(stream, place)
+    if stream is None and place.device != "cpu":
+        check_captured(handle, place)
     if handle != view.stream:
         _wait_for_owner(x, view.stream, handle, place)
     place.module.fill([Region(view.address, view.shape, view.strides, element)], place.ordinal, handle)
@@ -336,8 +338,9 @@ class _Step:
         )
 
     def settle(self) -> None:
-        """Wait until the table is in place, for whichever stream reads it then."""
-        self.place.module.synchronize(self.place.ordinal, self._prepared_on)
+        """Wait until the table is in place, for whichever stream reads it then; one run needs none."""
+        if len(self._batch.runs) > 1:
+            self.place.module.synchronize(self.place.ordinal, self._prepared_on)
 
     def fill(self, stream: Any) -> None:
         assert self._run is not None
@@ -361,6 +364,7 @@ class _Step:
             return stream_handle(stream, self.place), []
         handles = list(dict.fromkeys(current_streams(self._kinds, self.place.ordinal)))
         handles = handles or [array._stream for array in self._ours[:1]] or [0]
+        check_captured(handles[0], self.place)
         return handles[0], handles[1:]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 from .backends import Place
+from .kernels import cuda_driver
 
-__all__ = ["consumer_handle", "current_streams", "stream_handle"]
+__all__ = ["check_captured", "consumer_handle", "current_streams", "stream_handle"]
 
 
 class _Handle(int):
@@ -28,7 +29,7 @@ def stream_handle(stream: Any, place: Place) -> int:
     Parameters
     ----------
     stream : object
-        None (the default stream), an int handle, a stream of CuPy, torch, Numba or cuda.core, or
+        None (the legacy default stream), an int handle, a stream of CuPy, torch, Numba or cuda.core, or
         anything with ``__cuda_stream__``.
     place : Place
         Where the stream is to be used.
@@ -44,8 +45,12 @@ def stream_handle(stream: Any, place: Place) -> int:
         If `place` is the CPU, which has no streams, or the stream belongs to another device.
     TypeError
         If the object is no stream.
+    RuntimeError
+        If it is None, and a framework is capturing a CUDA graph on another one.
     """
     if stream is None:
+        if place.device != "cpu":
+            check_captured(0, place)
         return 0
     if place.device == "cpu":
         raise ValueError(f"stream={stream!r} was given, but the result is on the CPU, which has none; drop it")
@@ -93,6 +98,36 @@ def consumer_handle(stream: Any) -> int | None:
             "2 (per-thread default), -1 (no synchronisation) or a handle"
         )
     return None if stream == -1 else stream
+
+
+def check_captured(handle: int, place: Place) -> None:
+    """Raise where a framework captures a CUDA graph, of which work on a stream that nobody named would be no part.
+
+    Parameters
+    ----------
+    handle : int
+        Of the stream.
+    place : Place
+        Where it is; not the CPU.
+
+    Raises
+    ------
+    RuntimeError
+        If the current stream of torch or CuPy is another one, and is being captured.
+    """
+    torch = sys.modules.get("torch")
+    current, name = handle, ""
+    if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        current, name = torch.cuda.current_stream(place.ordinal).cuda_stream, "torch.cuda.current_stream()"
+    elif place.backend == "cupy":  # CuPy can be there and not work, when the backend is another
+        theirs = sys.modules["cupy"].cuda.get_current_stream(place.ordinal).ptr
+        if theirs and theirs != handle and cuda_driver.is_capturing(place.ordinal, theirs):
+            current, name = theirs, "cupy.cuda.get_current_stream()"
+    if current != handle:
+        raise RuntimeError(
+            f"a CUDA graph is being captured on {name}, and what goes to another stream runs now, not when the graph "
+            f"does; pass stream={name}"
+        )
 
 
 def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:

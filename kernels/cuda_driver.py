@@ -314,14 +314,15 @@ _copying = threading.Lock()
 def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
     """Copy a host array to device memory in stream order; the array may be let go of at once."""
     cuda = _library()
-    with primary_context(index):
+    # To ask for an event is forbidden while any stream is captured, and would spoil its graph.
+    with primary_context(index), any_capture_mode():
         _check(cuda.cuMemcpyAsync(target, source.ctypes.data, source.nbytes, stream))
         # The driver stages pageable memory before it returns, but not where the GPU can read it itself.
         event = _record(stream)
-    with _copying:
-        _copied_from.append((event, source))
-        while _copied_from and cuda.cuEventQuery(_copied_from[0][0]) == 0:
-            cuda.cuEventDestroy_v2(_copied_from.popleft()[0])
+        with _copying:
+            _copied_from.append((event, source))
+            while _copied_from and cuda.cuEventQuery(_copied_from[0][0]) == 0:
+                cuda.cuEventDestroy_v2(_copied_from.popleft()[0])
 
 
 def order(first: int, then: int, index: int) -> None:
@@ -357,7 +358,7 @@ def _record(stream: int) -> ctypes.c_void_p:
 
 def synchronize(index: int, stream: int) -> None:
     """Block until the stream has finished."""
-    with primary_context(index):
+    with primary_context(index), any_capture_mode():
         _check(_library().cuStreamSynchronize(stream))
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from . import cuda_driver
-from .runs import Launch, Region, run_launch, split, stretch, strided_launches, table, table_launch
+from .cuda_lease import Lease
+from .runs import Launch, Region, region_launches, row_launch, split, strided_launches, table, table_launch
 
 #: A backend's `allocate`: bytes, device and stream to what owns the memory, and the address.
-Allocate = Callable[[int, int, int], tuple[Any, int]]
+Allocate = Callable[[int, int, int], tuple[Lease, int]]
 #: Launches a kernel on a device and stream.
 Start = Callable[[Launch, int, int], None]
 
@@ -53,9 +53,9 @@ def fill(regions: Sequence[Region], index: int, stream: int, allocate: Allocate,
     RuntimeError
         If a table is needed while a CUDA graph is being captured.
     """
-    only = stretch(regions[0]) if len(regions) == 1 else None
-    if only is not None:
-        start(run_launch(*only), index, stream)
+    if len(regions) == 1:
+        for launch in region_launches(regions[0]):
+            start(launch, index, stream)
     else:
         prepare(*split(regions), index, stream, allocate, start)(stream)
 
@@ -94,9 +94,8 @@ def prepare(
     """
     launches: list[Launch] = []
     memory = None
-    if len(runs) == 1 and runs["count"][0] == 1:
-        address, nbytes, _, _, low, high = runs[0].item()
-        launches.append(run_launch(address, nbytes, low, high))
+    if len(runs) == 1:
+        launches.append(row_launch(*runs[0].item()))
     elif len(runs):
         words = table(runs)
         memory, address = allocate(words.nbytes, index, stream)
@@ -108,8 +107,7 @@ def prepare(
     def fill(on: int) -> None:
         for launch in launches:
             start(launch, index, on)
-        if memory is not None and on != stream and not cuda_driver.is_capturing(index, on):
-            # The table goes back to its pool in the order of `stream`: not while this fill reads it.
-            cuda_driver.order(on, stream, index)
+        if memory is not None:
+            memory.users.add(on)
 
     return fill

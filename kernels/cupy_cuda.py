@@ -13,7 +13,7 @@ import numpy as np
 from . import cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
 from .cuda_lease import Lease, hand_over
-from .runs import BLOCK, CHUNK, LANES, RUN, THREADS, TILE, Launch, Region, run_launch, tile
+from .runs import BLOCK, CHUNK, LANES, RESIDENT, RUN, THREADS, TILE, Launch, Region, run_launch, tile
 
 __all__ = [
     "allocate",
@@ -268,15 +268,48 @@ _FILL_RUN = f"""
   if (thread < {TILE}) store_edges(address, nbytes, head, thread, low, high);
 """
 
+# A warp's part of a run.
+_FILL_CHUNK = f"""
+__device__ __forceinline__ void fill_chunk(u64 address, u64 nbytes, u64 chunk, unsigned lane, u64 low, u64 high) {{
+  const u64 head = min(-address & 15, nbytes);
+  const u64 units = (nbytes - head) / {TILE};
+  const u64 first = chunk * {CHUNK // TILE} + lane;
+  const u64 at = address + head + first * {TILE};
+  if (first + {CHUNK // TILE - LANES} < units) {{
+    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) store(at + n * {TILE}, {TILE}, low, high);
+  }} else {{
+    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) {{
+      if (first + n < units) store(at + n * {TILE}, {TILE}, low, high);
+    }}
+  }}
+  if (chunk == 0) store_edges(address, nbytes, head, lane, low, high);
+}}
+"""
+
+_FILL_ROWS = f"""
+extern "C" __global__ void __launch_bounds__({THREADS}, {RESIDENT}) fill_rows(
+    u64 address, u64 nbytes, u64 pitch, u64 chunks, u64 low, u64 high) {{
+  const u64 chunk = static_cast<u64>(blockIdx.x) * {THREADS // LANES} + threadIdx.x / {LANES};
+  if (chunk >= chunks) return;
+  u64 stretch = chunk;
+  u64 local = 0;
+  if (nbytes > {CHUNK}) {{
+    const u64 chunks_per_stretch = (nbytes + {CHUNK - 1}) / {CHUNK};
+    stretch = chunk / chunks_per_stretch;
+    local = chunk - stretch * chunks_per_stretch;
+  }}
+  fill_chunk(address + stretch * pitch, nbytes, local, threadIdx.x % {LANES}, low, high);
+}}
+"""
+
 _FILL_RUNS = f"""
 struct Run {{
   u64 {", ".join(RUN.names or ())};
 }};
 
-extern "C" __global__ void __launch_bounds__({THREADS}) fill_runs(const Run* runs, u64 rows, u64 chunks) {{
+extern "C" __global__ void __launch_bounds__({THREADS}, {RESIDENT}) fill_runs(const Run* runs, u64 rows, u64 chunks) {{
   const u64* ends = reinterpret_cast<const u64*>(runs + rows);
   const u64 chunk = static_cast<u64>(blockIdx.x) * {THREADS // LANES} + threadIdx.x / {LANES};
-  const unsigned lane = threadIdx.x % {LANES};
   if (chunk >= chunks) return;
   u64 row = 0;  // the first that ends after the chunk
   for (u64 end = rows - 1; row < end;) {{
@@ -293,24 +326,12 @@ extern "C" __global__ void __launch_bounds__({THREADS}) fill_runs(const Run* run
     local -= stretch * chunks_per_stretch;
     address += stretch * run.pitch;
   }}
-  const u64 head = min(-address & 15, run.nbytes);
-  const u64 units = (run.nbytes - head) / {TILE};
-  const u64 first = local * {CHUNK // TILE} + lane;
-  const u64 at = address + head + first * {TILE};
-  if (first + {CHUNK // TILE - LANES} < units) {{
-    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) store(at + n * {TILE}, {TILE}, run.tile_low, run.tile_high);
-  }} else {{
-    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) {{
-      if (first + n < units) store(at + n * {TILE}, {TILE}, run.tile_low, run.tile_high);
-    }}
-  }}
-  if (local == 0) store_edges(address, run.nbytes, head, lane, run.tile_low, run.tile_high);
+  fill_chunk(address, run.nbytes, local, threadIdx.x % {LANES}, run.tile_low, run.tile_high);
 }}
-
 """
 
 _FILL_STRIDED = f"""
-extern "C" __global__ void __launch_bounds__({THREADS}) NAME(
+extern "C" __global__ void __launch_bounds__({THREADS}, {RESIDENT}) NAME(
     u64 address, u64 total, u64 width, u64 shift, u64 low, u64 high,
     u64 length1, u64 length2, u64 length3, u64 stride0, u64 stride1, u64 stride2, u64 stride3) {{
   const Index thread = static_cast<Index>(blockIdx.x) * {THREADS} + threadIdx.x;
@@ -340,7 +361,8 @@ extern "C" __global__ void __launch_bounds__({THREADS}) NAME(
 
 #: The sources of the raw kernels, by name.
 _RAW = {
-    "fill_runs": _PREAMBLE + _FILL_RUNS,
+    "fill_rows": _PREAMBLE + _FILL_CHUNK + _FILL_ROWS,
+    "fill_runs": _PREAMBLE + _FILL_CHUNK + _FILL_RUNS,
     "fill_strided32": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided32").replace("Index", "unsigned"),
     "fill_strided64": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided64").replace("Index", "u64"),
 }

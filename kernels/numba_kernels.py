@@ -26,6 +26,7 @@ _CHUNK_UNITS = CHUNK // TILE
 
 #: Parameter types. Addresses and sizes are signed, as Numba's arithmetic is where one operand is.
 _RUN = (types.int64, types.int64, types.uint64, types.uint64)
+_ROWS = (*(types.int64,) * 4, types.uint64, types.uint64)
 _RUNS = (types.CPointer(types.uint64), types.int64, types.int64)
 _STRIDED = (*(types.int64,) * 4, types.uint64, types.uint64, *(types.int64,) * (2 * INNER_LENGTHS + 1))
 
@@ -86,6 +87,23 @@ def kernels(
         if thread < tail:
             store(address + nbytes - tail + thread, 1, word(thread, low, high), high)
 
+    @device
+    def fill_chunk(address: Any, nbytes: Any, chunk: Any, lane: Any, low: Any, high: Any) -> None:
+        """Store a warp's part of a run."""
+        head = min(-address & 15, nbytes)
+        units = (nbytes - head) // TILE
+        first = chunk * _CHUNK_UNITS + lane
+        at = address + head + first * TILE
+        if first + (_CHUNK_UNITS - LANES) < units:
+            for step in range(0, _CHUNK_UNITS, LANES):
+                store(at + step * TILE, 16, low, high)
+        else:
+            for step in range(0, _CHUNK_UNITS, LANES):
+                if first + step < units:
+                    store(at + step * TILE, 16, low, high)
+        if chunk == 0:
+            store_edges(address, nbytes, head, lane, low, high)
+
     def fill_run(address: Any, nbytes: Any, low: Any, high: Any) -> None:
         head = min(-address & 15, nbytes)
         units = (nbytes - head) // TILE
@@ -101,9 +119,20 @@ def kernels(
         if cuda.blockIdx.x == 0 and cuda.threadIdx.x < TILE:
             store_edges(address, nbytes, head, cuda.threadIdx.x, low, high)
 
+    def fill_rows(address: Any, nbytes: Any, pitch: Any, chunks: Any, low: Any, high: Any) -> None:
+        chunk = cuda.blockIdx.x * (THREADS // LANES) + cuda.threadIdx.x // LANES
+        if chunk >= chunks:
+            return
+        stretch = chunk
+        local = 0
+        if nbytes > CHUNK:
+            chunks_per_stretch = (nbytes + (CHUNK - 1)) // CHUNK
+            stretch = np.int64(np.uint64(chunk) // np.uint64(chunks_per_stretch))
+            local = chunk - stretch * chunks_per_stretch
+        fill_chunk(address + stretch * pitch, nbytes, local, cuda.threadIdx.x % LANES, low, high)
+
     def fill_runs(table: Any, rows: Any, chunks: Any) -> None:
         chunk = cuda.blockIdx.x * (THREADS // LANES) + cuda.threadIdx.x // LANES
-        lane = cuda.threadIdx.x % LANES
         if chunk >= chunks:
             return
         ends = rows * _WORDS
@@ -120,26 +149,12 @@ def kernels(
         row *= _WORDS
         address = np.int64(table[row + _ADDRESS])
         nbytes = np.int64(table[row + _NBYTES])
-        low = table[row + _LOW]
-        high = table[row + _HIGH]
         if table[row + _COUNT] > 1:
             chunks_per_stretch = (nbytes + (CHUNK - 1)) // CHUNK
             stretch = np.int64(np.uint64(chunk) // np.uint64(chunks_per_stretch))
             chunk -= stretch * chunks_per_stretch
             address += stretch * np.int64(table[row + _PITCH])
-        head = min(-address & 15, nbytes)
-        units = (nbytes - head) // TILE
-        first = chunk * _CHUNK_UNITS + lane
-        at = address + head + first * TILE
-        if first + (_CHUNK_UNITS - LANES) < units:
-            for step in range(0, _CHUNK_UNITS, LANES):
-                store(at + step * TILE, 16, low, high)
-        else:
-            for step in range(0, _CHUNK_UNITS, LANES):
-                if first + step < units:
-                    store(at + step * TILE, 16, low, high)
-        if chunk == 0:
-            store_edges(address, nbytes, head, lane, low, high)
+        fill_chunk(address, nbytes, chunk, cuda.threadIdx.x % LANES, table[row + _LOW], table[row + _HIGH])
 
     def strided(index_type: Any) -> Any:
         def fill_strided(
@@ -180,6 +195,7 @@ def kernels(
 
     return {
         "fill_run": (fill_run, _RUN),
+        "fill_rows": (fill_rows, _ROWS),
         "fill_runs": (fill_runs, _RUNS),
         "fill_strided32": (strided(np.uint32), _STRIDED),
         "fill_strided64": (strided(np.uint64), _STRIDED),

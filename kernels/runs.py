@@ -19,6 +19,8 @@ TILE = 16
 #: A CTA of a GPU kernel: 256 threads, four 16-byte stores each.
 THREADS = 256
 BLOCK = THREADS * 4 * TILE
+#: CTAs that an SM is to have room for at once: as many as the largest has threads for.
+RESIDENT = 8
 #: What a warp fills of a run in a table: eight 16-byte stores a lane.
 LANES = 32
 CHUNK = LANES * 8 * TILE
@@ -195,7 +197,7 @@ class Launch(NamedTuple):
     Attributes
     ----------
     kernel : str
-        ``"fill_run"``, ``"fill_runs"``, ``"fill_strided32"`` or ``"fill_strided64"``.
+        ``"fill_run"``, ``"fill_rows"``, ``"fill_runs"``, ``"fill_strided32"`` or ``"fill_strided64"``.
     grid : int
         CTAs.
     arguments : tuple of int
@@ -210,6 +212,26 @@ class Launch(NamedTuple):
 def run_launch(address: int, nbytes: int, tile_low: int, tile_high: int) -> Launch:
     """Return the launch that fills one stretch of at least one byte."""
     return Launch("fill_run", -(-nbytes // BLOCK), (address, nbytes, tile_low, tile_high))
+
+
+def row_launch(address: int, nbytes: int, pitch: int, count: int, tile_low: int, tile_high: int) -> Launch:
+    """Return the launch that fills one run, of fields as in `RUN`, at least one byte."""
+    if count == 1:
+        return run_launch(address, nbytes, tile_low, tile_high)
+    chunks = count * -(-nbytes // CHUNK)
+    return Launch("fill_rows", -(-chunks * LANES // THREADS), (address, nbytes, pitch, chunks, tile_low, tile_high))
+
+
+def region_launches(region: Region) -> Iterable[Launch]:
+    """Return the launches that fill one region, any; they need no table."""
+    only = stretch(region)
+    if only is not None:
+        return [run_launch(*only)]
+    region = normalised(region)
+    if 0 in region.shape:
+        return []
+    run = as_run(region)
+    return [row_launch(*run)] if run is not None else strided_launches(region)
 
 
 def table(runs: np.ndarray) -> np.ndarray:

@@ -11,6 +11,9 @@ from installed import require
 
 from gpuconst.kernels.cuda_driver import driver
 
+# Or JAX takes most of a GPU from the tests that do not know of it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (why_not := driver().why_not):

@@ -233,9 +233,8 @@ def _launches(regions: Sequence[Region], table: int, launches: list[runs.Launch]
     rows, strided = runs.split(regions)
     for region in strided:
         launches.extend(runs.strided_launches(region))
-    if len(rows) == 1 and rows["count"][0] == 1:
-        address, nbytes, _, _, low, high = rows[0].tolist()
-        launches.append(runs.run_launch(address, nbytes, low, high))
+    if len(rows) == 1:
+        launches.append(runs.row_launch(*rows[0].item()))
     elif len(rows):
         words: np.ndarray = runs.table(rows)
         launches.append(runs.table_launch(table, words))

@@ -321,7 +321,7 @@ def test_fill_of_foreign_memory() -> None:
     expected[4999 : 4999 - 30 : -3] = 4
     np.testing.assert_array_equal(array.to_numpy(), expected)
     kernels = [launch.split()[0] for launch in launches()]
-    assert kernels == ["fill_run", "fill_run", "fill_runs", "fill_strided32", "fill_strided32"]
+    assert kernels == ["fill_run", "fill_run", "fill_rows", "fill_strided32", "fill_strided32"]
 
 
 @on_standin()
@@ -551,7 +551,7 @@ def captured(stream: int) -> Iterator[None]:
 @on_standin()
 def test_only_what_is_prepared_can_be_captured() -> None:
     stream = new_stream()
-    arrays = [gpuconst.zeros(n, device="cuda", stream=stream) for n in (10, 20)]
+    arrays = [gpuconst.zeros(n, device="cuda", stream=stream) for n in (10, 20, 3000)]
     plan = gpuconst.plan_fill(arrays, 1.0)
     prepared = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")
     with captured(stream):
@@ -561,9 +561,42 @@ def test_only_what_is_prepared_can_be_captured() -> None:
             gpuconst.fill_many(arrays, 1.0, stream=stream)
         assert calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch") == prepared
         gpuconst.fill(arrays[0], 3.0, stream=stream)
+        gpuconst.fill(Foreign(arrays[2], shape=(7, 128), strides=(1600, 4)), 4.0, stream=stream)
+        gpuconst.plan_fill(arrays[:1], 5.0).fill(stream=stream)
         plan.fill(stream=stream)
     work = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")[len(prepared) :]
-    assert [line.split()[:2] for line in work] == [["launch", "fill_run"], ["launch", "fill_runs"]]
+    assert [line.split()[:2] for line in work] == [
+        ["launch", "fill_run"],
+        ["launch", "fill_rows"],
+        ["launch", "fill_run"],
+        ["launch", "fill_runs"],
+    ]
+
+
+@on_standin()
+def test_what_is_done_beside_a_capture_does_not_spoil_it() -> None:
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    with captured(new_stream()):
+        gpuconst.fill_many(arrays, 1.0)
+        assert [array.to_numpy().max() for array in arrays] == [1.0, 1.0]
+        gpuconst.plan_fill(arrays, 2.0).fill()
+        made = gpuconst.full_many({"a": (3, 1.0, None), "b": (5, 2.0, None)}, device="cuda")
+        assert [array.to_numpy().max() for array in (*arrays, *made.values())] == [2.0, 2.0, 1.0, 2.0]
+
+
+@on_standin()
+def test_a_plan_makes_nobody_wait_before_it_is_gone() -> None:
+    first, second = new_stream(), new_stream()
+    arrays = [gpuconst.zeros(n, device="cuda", stream=first) for n in (10, 20)]
+    plan = gpuconst.plan_fill([Foreign(array, shape=array.shape, stream=first) for array in arrays], 1.0)
+    before = calls("cuStreamWaitEvent")
+    for _ in range(3):
+        plan.fill(stream=second)
+    assert calls("cuStreamWaitEvent") == before
+    del plan
+    gc.collect()
+    (wait,) = calls("cuStreamWaitEvent")[len(before) :]
+    assert wait.startswith("cuStreamWaitEvent stream=")
 
 
 @on_standin(CAPTURE="first")

@@ -159,6 +159,27 @@ def test_a_cupy_array_is_filled_on_cupys_current_stream() -> None:
 
 
 @on_cupy
+def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    plan = gpuconst.plan_fill(arrays, 1.0)
+    before = launches()
+    with cupy.cuda.Stream(non_blocking=True) as current, test_cuda_host_path.captured(current.ptr):
+        for work in (
+            lambda: gpuconst.full(3, 1.0, device="cuda"),
+            lambda: gpuconst.full_many({"a": (3, 1.0, None)}, device="cuda"),
+            lambda: gpuconst.fill(arrays[0], 1.0),
+            lambda: gpuconst.fill_many(arrays, 1.0),
+            plan.fill,
+        ):
+            with pytest.raises(RuntimeError, match=r"runs now, .*; pass stream=cupy\.cuda\.get_current_stream\(\)$"):
+                work()
+        assert launches() == before
+        gpuconst.fill(arrays[0], 1.0, stream=cupy.cuda.get_current_stream())
+        plan.fill(stream=cupy.cuda.get_current_stream())
+    assert [line.split()[0] for line in launches()[len(before) :]] == ["fill_run", "fill_runs"]
+
+
+@on_cupy
 def test_cupys_device_and_stream_are_left_alone() -> None:
     stream = new_stream()
     with cupy.cuda.Device(1), cupy.cuda.Stream() as current:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
-from gpuconst import OutOfMemoryError
+from gpuconst import DeviceUnavailableError, OutOfMemoryError
 from gpuconst.torch import materialize_
 
 
@@ -547,7 +547,7 @@ def test_memory_is_where_torch_would_put_it() -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps"])
 def test_a_device_that_torch_cannot_use(device: str) -> None:
     module = nn.Linear(2, 2, device="meta")
-    with pytest.raises(gpuconst.DeviceUnavailableError, match=f"^torch cannot use device '{device}': ") as caught:
+    with pytest.raises(DeviceUnavailableError, match=f"^torch cannot use device '{device}': ") as caught:
         materialize_(module, {"*": 0.5}, device=device)
     assert len(str(caught.value)) < 200
     assert module.weight.is_meta

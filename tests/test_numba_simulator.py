@@ -55,9 +55,8 @@ def simulate(memory: Memory, launches: Sequence[Launch], table: np.ndarray | Non
 def fill(memory: Memory, regions: Sequence[Region]) -> None:
     """Fill regions as a backend does."""
     rows, strided = runs.split(regions)
-    if len(rows) == 1 and rows["count"][0] == 1:
-        address, nbytes, _, _, low, high = rows[0].item()
-        simulate(memory, [runs.run_launch(address, nbytes, low, high)])
+    if len(rows) == 1:
+        simulate(memory, [runs.row_launch(*rows[0].item())])
     elif len(rows):
         table = runs.table(rows)
         simulate(memory, [runs.table_launch(0, table)], table)
@@ -144,6 +143,11 @@ def test_pitched_run(itemsize: int, count: int, nbytes: int, pitch: int, offset:
     memory = Memory(count * pitch + offset + 2 * GUARD)
     fill(memory, [region])
     check(memory, [region])
+
+    beside = contiguous(ORIGIN + 1, 5, 1)
+    memory = Memory(count * pitch + offset + 2 * GUARD)
+    fill(memory, [beside, region])
+    check(memory, [beside, region])
 
 
 SHAPES = [

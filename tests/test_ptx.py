@@ -73,7 +73,8 @@ def test_run_table_search(kernels: Kernels, rows: int) -> None:
     check(kernels, [side_by_side(contiguous(nbytes, 5, 1) for nbytes in lengths)])
 
 
-def test_pitched_rows(kernels: Kernels) -> None:
+@pytest.mark.parametrize("beside", [[], [contiguous(5, -29, 1)]], ids=["alone", "in a table"])
+def test_pitched_rows(kernels: Kernels, beside: list[Region]) -> None:
     cases = []
     for itemsize, offset, nbytes in itertools.product(
         ITEMSIZES, (0, 1, 8, 15), (512, 528, CHUNK - 16, CHUNK, CHUNK + 16, 3 * CHUNK)
@@ -82,7 +83,7 @@ def test_pitched_rows(kernels: Kernels) -> None:
             shape = (3, nbytes // itemsize)
             cases.append([Region(offset, shape, (pitch, itemsize), element(itemsize))])
     assert all(runs.split(case)[0]["count"].tolist() == [3] for case in cases)
-    check(kernels, cases)
+    check(kernels, [[*case, *beside] for case in cases])
 
 
 @pytest.mark.parametrize("index64", [False, True])
@@ -120,11 +121,13 @@ def test_table_of_two_tebibytes(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("pitch", [1 << 20, 1 << 33])
-def test_last_stretch_of_a_pitched_tebibyte(kernels: Kernels, pitch: int) -> None:
+@pytest.mark.parametrize("in_a_table", [False, True])
+def test_last_stretch_of_a_pitched_tebibyte(kernels: Kernels, pitch: int, in_a_table: bool) -> None:
     rows, nbytes = 1 << 21, 1 << 19
     region = Region(BASE, (rows, nbytes // 2), (pitch, 2), element(2))
-    table = runs.table(runs.split([region])[0])
-    launch = runs.table_launch(TIB, table)
+    found, _ = runs.split([region])
+    table = runs.table(found)
+    launch = runs.table_launch(TIB, table) if in_a_table else runs.row_launch(*found[0].item())
     last = Region(BASE + (rows - 1) * pitch, (nbytes // 2,), (2,), region.element)
     end = last.address + nbytes
     window = (end - THREADS // runs.LANES * CHUNK, end + GUARD)
