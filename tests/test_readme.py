@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,12 @@ def test_first_example_prints_what_is_shown() -> None:
     assert run.returncode == 0, run.stderr
     assert run.stdout == shown
     assert len(code.strip().splitlines()) < 10
+
+
+@pytest.mark.needs("torch", "keras", "jax")
+@pytest.mark.parametrize("code", _blocks("python")[1:])
+def test_the_other_examples_run(code: str, run_python: Callable[..., str]) -> None:
+    run_python(code, CUDA_VISIBLE_DEVICES="", KERAS_BACKEND="jax")
 
 
 def test_quick_start_has_two_commands_and_ci_runs_the_second() -> None:
