@@ -164,7 +164,7 @@ def stretch(tensor: Any) -> tuple[int, int, Any] | None:
         address = tensor.data_ptr()
     except RuntimeError:  # sparse, transformed: one that has no memory of its own
         return None
-    if not address or not tensor.is_contiguous() or tensor.is_nested or tensor.is_neg() or tensor.is_conj():
+    if not address or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
         return None
     if tensor.requires_grad and torch.is_grad_enabled():
         return None
@@ -300,7 +300,6 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     stored = np.fromiter(map(torch.UntypedStorage.nbytes, map(tensor_type.untyped_storage, tensors)), np.uint64, count)
     plain &= read(tensor_type.storage_offset, np.uint64) * itemsize + nbytes <= stored
     plain &= true(tensor_type.is_contiguous)
-    plain &= false(operator.attrgetter("is_nested"))
     plain &= false(tensor_type.is_neg)
     if any(dtype.is_complex for dtype in itemsizes):
         plain &= false(tensor_type.is_conj)

@@ -242,8 +242,6 @@ def _read_scalar(x: Any) -> View:
 
 def _read_torch(x: Any) -> View:
     tensor = local_part(x)
-    if tensor.is_nested:
-        raise TypeError("the tensor is nested, it has no shape; take the tensors of its unbind()")
     if not (tensor.is_cpu or tensor.is_cuda):
         raise TypeError(f"the tensor is on {tensor.device}, expected a CPU or CUDA tensor")
     try:
@@ -255,6 +253,8 @@ def _read_torch(x: Any) -> View:
     if tensor.is_contiguous():  # one dimension says as much, and is quicker to say
         count = tensor.numel()
         shape, strides, last = (count,), (itemsize,), count - 1
+    elif tensor.is_nested:
+        raise TypeError("the tensor is nested and has gaps; take the tensors of its unbind(), or its contiguous()")
     else:
         shape, strides = tuple(tensor.shape), tuple([stride * itemsize for stride in tensor.stride()])
         last = sum([(length - 1) * stride for length, stride in zip(shape, tensor.stride(), strict=True)])

@@ -281,7 +281,7 @@ def beyond_its_storage() -> torch.Tensor:
 def nested() -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype
-        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+        return torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)]).transpose(1, 2)
 
 
 BAD: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]] = {

@@ -156,10 +156,10 @@ class KeepsDataElsewhere(torch.Tensor):
         raise NotImplementedError(func)
 
 
-def nested(layout: torch.layout) -> torch.Tensor:
+def nested(layout: torch.layout = torch.strided) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nested tensors are a prototype
-        return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=layout)
+        return torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(4, 3)], layout=layout)
 
 
 def sparse(layout: torch.layout) -> torch.Tensor:
@@ -172,7 +172,7 @@ WITHOUT_MEMORY: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "coordinates": (lambda: sparse(torch.sparse_coo), r"layout is torch\.sparse_coo"),
     "compressed rows": (lambda: sparse(torch.sparse_csr), r"layout is torch\.sparse_csr"),
     "compressed blocks": (lambda: sparse(torch.sparse_bsr), r"layout is torch\.sparse_bsr"),
-    "nested": (lambda: nested(torch.strided), "nested"),
+    "nested, with gaps": (lambda: nested().transpose(1, 2), "is nested and has gaps"),
     "jagged": (lambda: nested(torch.jagged), "jagged"),
     "wrapper": (lambda: KeepsDataElsewhere(torch.zeros(3)), "KeepsDataElsewhere keeps its data in other tensors"),
     "half complex": (lambda: torch.empty(3, dtype=torch.complex32), r"unknown dtype torch\.complex32"),
@@ -186,6 +186,14 @@ def test_what_is_no_dense_tensor_of_a_known_dtype_is_refused(kind: str) -> None:
     make, message = WITHOUT_MEMORY[kind]
     with pytest.raises(TypeError, match=message):
         gpuconst.fill(make(), 5)
+
+
+@pytest.mark.parametrize("fill", [gpuconst.fill, lambda x, value: gpuconst.fill_many([x] * 200, value)])
+def test_a_nested_tensor_without_gaps_is_one_stretch_of_memory(fill: Callable[..., Any]) -> None:
+    x = nested()
+    fill(x, 5)
+    assert [part.tolist() for part in x.unbind()] == [[[5] * 3] * 2, [[5] * 3] * 4]
+    assert x._version > 0
 
 
 @pytest.mark.parametrize(
