@@ -73,6 +73,8 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
         If the device was named and cannot be used.
     OutOfMemoryError
         If the device has no memory left.
+    RuntimeError
+        If a CUDA graph is being captured, during which nothing can be allocated.
 
     Examples
     --------
@@ -170,6 +172,8 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
         If the device was named and cannot be used.
     OutOfMemoryError
         If the device has no memory left.
+    RuntimeError
+        If a CUDA graph is being captured, during which nothing can be allocated.
 
     Examples
     --------

@@ -74,7 +74,8 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     OverflowError
         If the value does not fit the dtype of `x`.
     RuntimeError
-        If autograd is recording and `x` requires grad, as `torch.Tensor.fill_` does.
+        If autograd is recording and `x` requires grad, as `torch.Tensor.fill_` does; or a framework
+        captures a CUDA graph and the fill would go to another stream, and be missing from it.
     DeviceUnavailableError
         If no backend can reach the memory of `x`.
     """
@@ -276,8 +277,9 @@ class FillPlan:
         ValueError
             If a stream is given and all arrays are on the CPU, or it is a stream of another device.
         RuntimeError
-            If autograd is recording and an array required grad when the plan was made, or one is an
-            inference tensor and this is not inference mode.
+            If autograd is recording and an array required grad when the plan was made, one is an
+            inference tensor and this is not inference mode, or a framework captures a CUDA graph and the
+            fill would go to another stream, and be missing from it.
         """
         if compiling():
             from .torch_eager import eagerly
