@@ -374,8 +374,13 @@ def _read_buffer(x: Any) -> View:
 
 
 def _refuse(x: Any) -> View:
-    is_variable = hasattr(x, "assign") and hasattr(x, "trainable")
-    hint = "; for a Keras variable use variable.assign" if is_variable else ""
+    hint = ""
+    if hasattr(x, "assign") and hasattr(x, "trainable"):
+        hint = "; for a Keras variable use variable.assign"
+    elif hasattr(x, "parameters"):
+        hint = "; of a module, gpuconst.fill_many(x.parameters(), ...)"
+    elif isinstance(x, list | tuple):
+        hint = "; for several arrays use gpuconst.fill_many"
     raise TypeError(
         f"{type(x).__name__} is no array; expected a torch tensor, a NumPy or CuPy array, a gpuconst.Array, "
         f"or an object with DLPack or the buffer protocol{hint}"

@@ -136,6 +136,19 @@ def test_what_is_no_array_is_refused(x: Any) -> None:
         gpuconst.fill(x, 0)
 
 
+@pytest.mark.parametrize(
+    ("x", "way_out"),
+    [
+        ([np.ones(2), np.ones(2)], "for several arrays use gpuconst.fill_many"),
+        (torch.nn.Linear(2, 2), "of a module, gpuconst.fill_many(x.parameters(), ...)"),
+    ],
+    ids=["list", "module"],
+)
+def test_what_holds_arrays_is_sent_to_fill_many(x: Any, way_out: str) -> None:
+    with pytest.raises(TypeError, match=rf"is no array; .*; {re.escape(way_out)}$"):
+        gpuconst.fill(x, 0)
+
+
 def test_only_variables_are_sent_to_assign() -> None:
     class Frame:
         def assign(self) -> None:
