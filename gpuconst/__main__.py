@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import sys
 from collections.abc import Sequence
 
+from . import __version__
 from .environment import info
 
 __all__ = ["main"]
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpuconst", description="Fill device memory with a constant, and hand it to any framework without a copy."
     )
-    parser.add_argument("--version", action="version", version=f"gpuconst {importlib.metadata.version('gpuconst')}")
+    parser.add_argument("--version", action="version", version=f"gpuconst {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="devices, backends and versions, and why the rest is not usable")
     about.add_argument("--json", action="store_true", help="print it as JSON")

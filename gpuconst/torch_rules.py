@@ -17,6 +17,7 @@ import numpy as np
 
 __all__ = [
     "Columns",
+    "are_plain",
     "check_eager",
     "check_writable",
     "columns",
@@ -88,9 +89,9 @@ def _plain_types() -> frozenset[type]:
     return frozenset({torch.Tensor, torch.nn.Parameter})
 
 
-def _are_plain(tensors: Sequence[Any]) -> bool:
-    """Whether the memory of each tensor is its own."""
-    return _plain_types().issuperset(map(type, tensors))
+def are_plain(arrays: Sequence[Any]) -> bool:
+    """Whether all are tensors, of the types of which an object's memory is its own; asked only once torch is imported."""
+    return _plain_types().issuperset(map(type, arrays))
 
 
 def local_part(tensor: Any) -> Any:
@@ -207,7 +208,7 @@ def storages(tensors: Sequence[Any]) -> list[Any]:
     """
     if not tensors:
         return []
-    parts = tensors if _are_plain(tensors) else map(local_part, tensors)
+    parts = tensors if are_plain(tensors) else map(local_part, tensors)
     return list(map(sys.modules["torch"].Tensor.untyped_storage, parts))
 
 
@@ -277,7 +278,7 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     def false(fact: Callable[[Any], bool]) -> np.ndarray | bool:
         return not any(map(fact, tensors)) or ~read(fact)
 
-    ordinary = _are_plain(tensors) and torch.autograd.forward_ad._current_level < 0
+    ordinary = are_plain(tensors) and torch.autograd.forward_ad._current_level < 0
     if ordinary:
         try:
             addresses = read(tensor_type.data_ptr, np.uint64)
@@ -323,6 +324,6 @@ def mark_written(tensors: Sequence[Any]) -> None:
     tensors : sequence of torch.Tensor
         Inference tensors among them, which have no version, are passed over.
     """
-    if not _are_plain(tensors):
+    if not are_plain(tensors):
         tensors = [*tensors, *map(local_part, tensors)]
     sys.modules["torch"].autograd.graph.increment_version(tensors)

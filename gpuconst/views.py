@@ -20,7 +20,7 @@ from .dlpack import CPU, CUDA, READ_ONLY, Tensor, read_capsule
 from .dtypes import DType, dtype_from_dlpack, resolve_dtype
 from .kernels import cuda_driver
 from .kernels.runs import contiguous_strides
-from .torch_rules import Columns, has_memory, is_tensor, local_part
+from .torch_rules import Columns, are_plain, has_memory, is_tensor, local_part
 
 __all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory", "view_of"]
 
@@ -169,7 +169,7 @@ def extents(arrays: Sequence[Any]) -> np.ndarray:
     """
     torch = sys.modules.get("torch")
     found = np.empty((2, len(arrays)), np.uint64)
-    if torch is not None and {torch.Tensor, torch.nn.Parameter}.issuperset(map(type, arrays)):
+    if torch is not None and are_plain(arrays):
         found[0] = np.fromiter(map(torch.Tensor.data_ptr, arrays), np.uint64, len(arrays))
         found[1] = np.fromiter(map(operator.attrgetter("nbytes"), arrays), np.uint64, len(arrays))
     else:  # a DTensor's own address is no memory's

@@ -13,7 +13,20 @@ import numpy as np
 from . import cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
 from .cuda_lease import Lease, hand_over
-from .runs import BLOCK, CHUNK, LANES, RESIDENT, RUN, THREADS, TILE, Launch, Region, run_launch, tile
+from .runs import (
+    BLOCK,
+    CHUNK,
+    LANES,
+    RESIDENT,
+    RESIDENT_ELSEWHERE,
+    RUN,
+    THREADS,
+    TILE,
+    Launch,
+    Region,
+    run_launch,
+    tile,
+)
 
 __all__ = [
     "allocate",
@@ -225,7 +238,16 @@ class _Handle:
 # Integers reach a kernel as 64 bits, so no parameter is of another width. Addresses are integers because
 # a Region has no array; the assembler says what the compiler cannot know of an integer, that it points to
 # global memory, and would otherwise store through the slower generic path.
-_PREAMBLE = """
+_RESIDENT = "".join(
+    f"#if __CUDA_ARCH__ == {capability}0\n#define RESIDENT {ctas}\n#endif\n" for capability, ctas in RESIDENT.items()
+)
+_PREAMBLE = (
+    f"""
+{_RESIDENT}#ifndef RESIDENT
+#define RESIDENT {RESIDENT_ELSEWHERE}
+#endif
+"""
+    + """
 typedef unsigned long long u64;
 
 // Stores the first `width` bytes of (low, high).
@@ -251,6 +273,7 @@ __device__ __forceinline__ void store_edges(u64 address, u64 nbytes, u64 head, u
   if (thread < tail) store(address + nbytes - tail + thread, 1, word(thread, low, high), 0);
 }
 """
+)
 
 _FILL_RUN = f"""
   const u64 thread = i;
@@ -287,7 +310,7 @@ __device__ __forceinline__ void fill_chunk(u64 address, u64 nbytes, u64 chunk, u
 """
 
 _FILL_ROWS = f"""
-extern "C" __global__ void __launch_bounds__({THREADS}, {RESIDENT}) fill_rows(
+extern "C" __global__ void __launch_bounds__({THREADS}, RESIDENT) fill_rows(
     u64 address, u64 nbytes, u64 pitch, u64 chunks, u64 low, u64 high) {{
   const u64 chunk = static_cast<u64>(blockIdx.x) * {THREADS // LANES} + threadIdx.x / {LANES};
   if (chunk >= chunks) return;
@@ -307,7 +330,7 @@ struct Run {{
   u64 {", ".join(RUN.names or ())};
 }};
 
-extern "C" __global__ void __launch_bounds__({THREADS}, {RESIDENT}) fill_runs(const Run* runs, u64 rows, u64 chunks) {{
+extern "C" __global__ void __launch_bounds__({THREADS}, RESIDENT) fill_runs(const Run* runs, u64 rows, u64 chunks) {{
   const u64* ends = reinterpret_cast<const u64*>(runs + rows);
   const u64 chunk = static_cast<u64>(blockIdx.x) * {THREADS // LANES} + threadIdx.x / {LANES};
   if (chunk >= chunks) return;
@@ -331,7 +354,7 @@ extern "C" __global__ void __launch_bounds__({THREADS}, {RESIDENT}) fill_runs(co
 """
 
 _FILL_STRIDED = f"""
-extern "C" __global__ void __launch_bounds__({THREADS}, {RESIDENT}) NAME(
+extern "C" __global__ void __launch_bounds__({THREADS}, RESIDENT) NAME(
     u64 address, u64 total, u64 width, u64 shift, u64 low, u64 high,
     u64 length1, u64 length2, u64 length3, u64 stride0, u64 stride1, u64 stride2, u64 stride3) {{
   const Index thread = static_cast<Index>(blockIdx.x) * {THREADS} + threadIdx.x;

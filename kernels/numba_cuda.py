@@ -17,7 +17,7 @@ import numpy as np
 from . import cuda_driver, cuda_fill
 from .cuda_driver import copy, current_index, order, synchronize
 from .cuda_lease import Lease, hand_over
-from .runs import RESIDENT, THREADS, Launch, Region, run_launch, tile
+from .runs import RESIDENT, RESIDENT_ELSEWHERE, THREADS, Launch, Region, run_launch, tile
 
 __all__ = [
     "allocate",
@@ -302,10 +302,10 @@ def compile_ptx(arch: str) -> dict[str, str]:
 def _compile(name: str, arch: str) -> str:
     cuda, kernels = _kernels()
     function, parameters = kernels[name]
-    capability, bounds = divmod(int(arch.removeprefix("sm_")), 10), (THREADS, RESIDENT)
-    ptx, _ = cuda.compile(
-        function, cuda.types.void(*parameters), device=False, abi="numba", cc=capability, launch_bounds=bounds
-    )
+    number = arch.removeprefix("sm_")
+    signature, capability = cuda.types.void(*parameters), divmod(int(number), 10)
+    bounds = THREADS, RESIDENT.get(number, RESIDENT_ELSEWHERE)
+    ptx, _ = cuda.compile(function, signature, device=False, abi="numba", cc=capability, launch_bounds=bounds)
     # Numba's names count what the process has compiled before: with names of ours, equal kernels are equal.
     mangled = re.search(r"\.entry (\w+)", ptx)
     assert mangled is not None

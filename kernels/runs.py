@@ -19,8 +19,10 @@ TILE = 16
 #: A CTA of a GPU kernel: 256 threads, four 16-byte stores each.
 THREADS = 256
 BLOCK = THREADS * 4 * TILE
-#: CTAs that an SM is to have room for at once: as many as the largest has threads for.
-RESIDENT = 8
+#: CTAs that an SM has threads for, by compute capability, where those are not 1536 ("Maximum number of resident
+#: threads per SM" in the CUDA C++ Programming Guide): a kernel is to take no more registers than all of them have.
+RESIDENT = {"75": 4, "80": 8, "90": 8, "100": 8, "103": 8}
+RESIDENT_ELSEWHERE = 6
 #: What a warp fills of a run in a table: eight 16-byte stores a lane.
 LANES = 32
 CHUNK = LANES * 8 * TILE

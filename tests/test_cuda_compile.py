@@ -17,6 +17,7 @@ from gpuconst.kernels.runs import BLOCK, CHUNK, LANES, THREADS, TILE
 KERNELS = ["fill_rows", "fill_run", "fill_runs", "fill_strided32", "fill_strided64"]
 
 
+REGISTERS_OF_AN_SM = 65536
 THREADS_OF_AN_SM = {"sm_75": 1024, "sm_80": 2048, "sm_90": 2048, "sm_100": 2048, "sm_120": 1536}
 
 needs_cupy, needs_numba = pytest.mark.needs("cupy"), pytest.mark.needs("numba_cuda")
@@ -102,8 +103,7 @@ def test_kernels_are_lean(backend: str, arch: str, kernel: str) -> None:
     code = disassembled(backend, arch, kernel)
     assert code.local == 0, "spilled to local memory"
     assert code.generic == 0, "stores through generic addresses"
-    # An SM has 65536 registers: enough for four fifths of its threads at least.
-    assert 0 < code.registers * THREADS_OF_AN_SM[arch] <= 65536 * 5 / 4
+    assert 0 < code.registers * THREADS_OF_AN_SM[arch] <= REGISTERS_OF_AN_SM, "not all of its threads fit"
 
 
 @pytest.mark.usefixtures("disassembler")
