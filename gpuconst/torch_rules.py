@@ -90,7 +90,7 @@ def _plain_types() -> frozenset[type]:
 
 
 def are_plain(arrays: Sequence[Any]) -> bool:
-    """Whether all are tensors, of the types of which an object's memory is its own; asked only once torch is imported."""
+    """Whether all are tensors whose memory is their own; asked only where torch is imported."""
     return _plain_types().issuperset(map(type, arrays))
 
 

@@ -235,19 +235,19 @@ class _Handle:
         return 0, self._handle
 
 
-# Integers reach a kernel as 64 bits, so no parameter is of another width. Addresses are integers because
-# a Region has no array; the assembler says what the compiler cannot know of an integer, that it points to
-# global memory, and would otherwise store through the slower generic path.
 _RESIDENT = "".join(
     f"#if __CUDA_ARCH__ == {capability}0\n#define RESIDENT {ctas}\n#endif\n" for capability, ctas in RESIDENT.items()
 )
-_PREAMBLE = (
-    f"""
-{_RESIDENT}#ifndef RESIDENT
+_BOUNDS = f"""{_RESIDENT}
+#ifndef RESIDENT
 #define RESIDENT {RESIDENT_ELSEWHERE}
 #endif
 """
-    + """
+
+# Integers reach a kernel as 64 bits, so no parameter is of another width. Addresses are integers because
+# a Region has no array; the assembler says what the compiler cannot know of an integer, that it points to
+# global memory, and would otherwise store through the slower generic path.
+_STORES = """
 typedef unsigned long long u64;
 
 // Stores the first `width` bytes of (low, high).
@@ -272,42 +272,36 @@ __device__ __forceinline__ void store_edges(u64 address, u64 nbytes, u64 head, u
   if (thread < head) store(address + thread, 1, word(address + thread, low, high), 0);
   if (thread < tail) store(address + nbytes - tail + thread, 1, word(thread, low, high), 0);
 }
+
+// A thread's units of 16 bytes in a stretch: from the one at `first` on every STEP-th of the UNITS that its CTA or
+// warp fills, checked against the stretch's end only where that is near; and its byte of the edges.
+template <unsigned UNITS, unsigned STEP>
+__device__ __forceinline__ void fill_part(
+    u64 address, u64 nbytes, u64 first, bool edges, unsigned thread, u64 low, u64 high) {
+  const u64 head = min(-address & 15, nbytes);
+  const u64 units = (nbytes - head) / 16;
+  const u64 at = address + head + first * 16;
+  if (first + (UNITS - STEP) < units) {
+    for (unsigned n = 0; n < UNITS; n += STEP) store(at + n * 16, 16, low, high);
+  } else {
+    for (unsigned n = 0; n < UNITS; n += STEP) {
+      if (first + n < units) store(at + n * 16, 16, low, high);
+    }
+  }
+  if (edges) store_edges(address, nbytes, head, thread, low, high);
+}
 """
-)
+
+_PREAMBLE = _BOUNDS + _STORES
 
 _FILL_RUN = f"""
   const u64 thread = i;
-  const u64 head = min(-address & 15, nbytes);
-  const u64 units = (nbytes - head) / {TILE};
   const u64 first = thread / {THREADS} * {BLOCK // TILE} + thread % {THREADS};
-  const u64 at = address + head + first * {TILE};
-  if (first + {BLOCK // TILE - THREADS} < units) {{
-    for (unsigned n = 0; n < {BLOCK // TILE}; n += {THREADS}) store(at + n * {TILE}, {TILE}, low, high);
-  }} else {{
-    for (unsigned n = 0; n < {BLOCK // TILE}; n += {THREADS}) {{
-      if (first + n < units) store(at + n * {TILE}, {TILE}, low, high);
-    }}
-  }}
-  if (thread < {TILE}) store_edges(address, nbytes, head, thread, low, high);
+  fill_part<{BLOCK // TILE}, {THREADS}>(address, nbytes, first, thread < {TILE}, thread, low, high);
 """
 
 # A warp's part of a run.
-_FILL_CHUNK = f"""
-__device__ __forceinline__ void fill_chunk(u64 address, u64 nbytes, u64 chunk, unsigned lane, u64 low, u64 high) {{
-  const u64 head = min(-address & 15, nbytes);
-  const u64 units = (nbytes - head) / {TILE};
-  const u64 first = chunk * {CHUNK // TILE} + lane;
-  const u64 at = address + head + first * {TILE};
-  if (first + {CHUNK // TILE - LANES} < units) {{
-    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) store(at + n * {TILE}, {TILE}, low, high);
-  }} else {{
-    for (unsigned n = 0; n < {CHUNK // TILE}; n += {LANES}) {{
-      if (first + n < units) store(at + n * {TILE}, {TILE}, low, high);
-    }}
-  }}
-  if (chunk == 0) store_edges(address, nbytes, head, lane, low, high);
-}}
-"""
+_FILL_CHUNK = f"fill_part<{CHUNK // TILE}, {LANES}>"
 
 _FILL_ROWS = f"""
 extern "C" __global__ void __launch_bounds__({THREADS}, RESIDENT) fill_rows(
@@ -321,7 +315,9 @@ extern "C" __global__ void __launch_bounds__({THREADS}, RESIDENT) fill_rows(
     stretch = chunk / chunks_per_stretch;
     local = chunk - stretch * chunks_per_stretch;
   }}
-  fill_chunk(address + stretch * pitch, nbytes, local, threadIdx.x % {LANES}, low, high);
+  const unsigned lane = threadIdx.x % {LANES};
+  {_FILL_CHUNK}(
+      address + stretch * pitch, nbytes, local * {CHUNK // TILE} + lane, local == 0, lane, low, high);
 }}
 """
 
@@ -349,7 +345,9 @@ extern "C" __global__ void __launch_bounds__({THREADS}, RESIDENT) fill_runs(cons
     local -= stretch * chunks_per_stretch;
     address += stretch * run.pitch;
   }}
-  fill_chunk(address, run.nbytes, local, threadIdx.x % {LANES}, run.tile_low, run.tile_high);
+  const unsigned lane = threadIdx.x % {LANES};
+  {_FILL_CHUNK}(
+      address, run.nbytes, local * {CHUNK // TILE} + lane, local == 0, lane, run.tile_low, run.tile_high);
 }}
 """
 
@@ -384,8 +382,8 @@ extern "C" __global__ void __launch_bounds__({THREADS}, RESIDENT) NAME(
 
 #: The sources of the raw kernels, by name.
 _RAW = {
-    "fill_rows": _PREAMBLE + _FILL_CHUNK + _FILL_ROWS,
-    "fill_runs": _PREAMBLE + _FILL_CHUNK + _FILL_RUNS,
+    "fill_rows": _PREAMBLE + _FILL_ROWS,
+    "fill_runs": _PREAMBLE + _FILL_RUNS,
     "fill_strided32": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided32").replace("Index", "unsigned"),
     "fill_strided64": _PREAMBLE + _FILL_STRIDED.replace("NAME", "fill_strided64").replace("Index", "u64"),
 }

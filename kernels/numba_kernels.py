@@ -88,36 +88,31 @@ def kernels(
             store(address + nbytes - tail + thread, 1, word(thread, low, high), high)
 
     @device
-    def fill_chunk(address: Any, nbytes: Any, chunk: Any, lane: Any, low: Any, high: Any) -> None:
-        """Store a warp's part of a run."""
+    def fill_part(
+        address: Any, nbytes: Any, first: Any, count: Any, pace: Any, edges: Any, thread: Any, low: Any, high: Any
+    ) -> None:
+        """Store a thread's units of 16 bytes in a stretch, and its byte of the edges.
+
+        From the one at `first` on every `pace`-th of the `count` that its CTA or warp fills, checked against
+        the stretch's end only where that is near.
+        """
         head = min(-address & 15, nbytes)
         units = (nbytes - head) // TILE
-        first = chunk * _CHUNK_UNITS + lane
         at = address + head + first * TILE
-        if first + (_CHUNK_UNITS - LANES) < units:
-            for step in range(0, _CHUNK_UNITS, LANES):
+        if first + (count - pace) < units:
+            for step in range(0, count, pace):
                 store(at + step * TILE, 16, low, high)
         else:
-            for step in range(0, _CHUNK_UNITS, LANES):
+            for step in range(0, count, pace):
                 if first + step < units:
                     store(at + step * TILE, 16, low, high)
-        if chunk == 0:
-            store_edges(address, nbytes, head, lane, low, high)
+        if edges:
+            store_edges(address, nbytes, head, thread, low, high)
 
     def fill_run(address: Any, nbytes: Any, low: Any, high: Any) -> None:
-        head = min(-address & 15, nbytes)
-        units = (nbytes - head) // TILE
         first = cuda.blockIdx.x * _UNITS + cuda.threadIdx.x
-        at = address + head + first * TILE
-        if first + (_UNITS - THREADS) < units:
-            for step in range(0, _UNITS, THREADS):
-                store(at + step * TILE, 16, low, high)
-        else:
-            for step in range(0, _UNITS, THREADS):
-                if first + step < units:
-                    store(at + step * TILE, 16, low, high)
-        if cuda.blockIdx.x == 0 and cuda.threadIdx.x < TILE:
-            store_edges(address, nbytes, head, cuda.threadIdx.x, low, high)
+        edges = cuda.blockIdx.x == 0 and cuda.threadIdx.x < TILE
+        fill_part(address, nbytes, first, _UNITS, THREADS, edges, cuda.threadIdx.x, low, high)
 
     def fill_rows(address: Any, nbytes: Any, pitch: Any, chunks: Any, low: Any, high: Any) -> None:
         chunk = cuda.blockIdx.x * (THREADS // LANES) + cuda.threadIdx.x // LANES
@@ -129,7 +124,9 @@ def kernels(
             chunks_per_stretch = (nbytes + (CHUNK - 1)) // CHUNK
             stretch = np.int64(np.uint64(chunk) // np.uint64(chunks_per_stretch))
             local = chunk - stretch * chunks_per_stretch
-        fill_chunk(address + stretch * pitch, nbytes, local, cuda.threadIdx.x % LANES, low, high)
+        lane = cuda.threadIdx.x % LANES
+        first = local * _CHUNK_UNITS + lane
+        fill_part(address + stretch * pitch, nbytes, first, _CHUNK_UNITS, LANES, local == 0, lane, low, high)
 
     def fill_runs(table: Any, rows: Any, chunks: Any) -> None:
         chunk = cuda.blockIdx.x * (THREADS // LANES) + cuda.threadIdx.x // LANES
@@ -154,7 +151,10 @@ def kernels(
             stretch = np.int64(np.uint64(chunk) // np.uint64(chunks_per_stretch))
             chunk -= stretch * chunks_per_stretch
             address += stretch * np.int64(table[row + _PITCH])
-        fill_chunk(address, nbytes, chunk, cuda.threadIdx.x % LANES, table[row + _LOW], table[row + _HIGH])
+        lane = cuda.threadIdx.x % LANES
+        first = chunk * _CHUNK_UNITS + lane
+        low, high = table[row + _LOW], table[row + _HIGH]
+        fill_part(address, nbytes, first, _CHUNK_UNITS, LANES, chunk == 0, lane, low, high)
 
     def strided(index_type: Any) -> Any:
         def fill_strided(
