@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -18,17 +17,34 @@ from .kernels import cuda_driver
 from .kernels.runs import Region
 from .log import debug
 
-__all__ = ["BACKENDS", "Backend", "Place", "candidates", "select"]
+__all__ = ["BACKENDS", "Backend", "Place", "load", "select"]
 
 
-#: The order in which backends are tried for a device; the first usable one is taken.
+class Row(NamedTuple):
+    """What there is to know of a backend before it is loaded.
+
+    Attributes
+    ----------
+    device : str
+        The kind of device that it serves, ``"cuda"`` or ``"cpu"``.
+    module : str
+        Its module in `gpuconst.kernels`.
+    packages : tuple of str
+        The distributions that its library comes in.
+    """
+
+    device: str
+    module: str
+    packages: tuple[str, ...]
+
+
+#: The backends by name, in the order in which they are tried for a device; the first usable one is taken.
 BACKENDS = {
     # CuPy first: its pool is the one that RMM and torch can be plugged into.
-    "cupy": "cuda",
-    "numba": "cuda",
-    "numpy": "cpu",
+    "cupy": Row("cuda", "cupy_cuda", ("cupy", "cupy-cuda12x", "cupy-cuda13x")),
+    "numba": Row("cuda", "numba_cuda", ("numba-cuda",)),
+    "numpy": Row("cpu", "host", ("numpy",)),
 }
-_MODULES = {"cupy": "cupy_cuda", "numba": "numba_cuda", "numpy": "host"}
 VARIABLE = "GPUCONST_BACKEND"
 
 
@@ -50,8 +66,8 @@ class Backend(Protocol):
     def full(self, nbytes: int, element: bytes, index: int, stream: int) -> tuple[Any, int]:
         """Allocate and fill."""
 
-    def fill(self, regions: Sequence[Region], index: int, stream: int) -> None:
-        """Fill memory in place, regions of which none intersects another."""
+    def fill(self, region: Region, index: int, stream: int) -> None:
+        """Fill memory in place."""
 
     def prepare(self, runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
         """Return what fills many runs in one launch, on the stream it is called with, again and again."""
@@ -136,7 +152,7 @@ def _select(device: str | None) -> Place:
     if forced is not None and forced not in BACKENDS:
         raise ValueError(f"{VARIABLE}={forced!r} names no backend; there are {', '.join(map(repr, BACKENDS))}")
     if device is None:
-        kinds = [BACKENDS[forced]] if forced else list(dict.fromkeys(BACKENDS.values()))
+        kinds = [BACKENDS[forced].device] if forced else list(dict.fromkeys(row.device for row in BACKENDS.values()))
         index = None
     else:
         kind, index = _parse(device)
@@ -144,7 +160,7 @@ def _select(device: str | None) -> Place:
     reasons: dict[str, str] = {}
     for kind in kinds:
         absent = cuda_driver.missing() if kind == "cuda" else None
-        for name in candidates(kind, forced):
+        for name in _candidates(kind, forced):
             if absent is not None:  # not worth importing what would say the same
                 reasons[name] = absent
                 continue
@@ -160,15 +176,15 @@ def _select(device: str | None) -> Place:
     raise DeviceUnavailableError(f"{asked} cannot be used: {listed}{way_out}")
 
 
-def candidates(kind: str, forced: str | None = None) -> list[str]:
+def _candidates(kind: str, forced: str | None) -> list[str]:
     """Return the backends to try for a kind of device, in order."""
-    names = [name for name, serves in BACKENDS.items() if serves == kind]
+    names = [name for name, row in BACKENDS.items() if row.device == kind]
     return [forced] if forced in names else names
 
 
 def load(name: str) -> Backend:
     """Import a backend's module; the module imports no CUDA library before it is asked to work."""
-    return cast(Backend, importlib.import_module(f"gpuconst.kernels.{_MODULES[name]}"))
+    return cast(Backend, importlib.import_module(f"gpuconst.kernels.{BACKENDS[name].module}"))
 
 
 def _parse(device: str) -> tuple[str, int | None]:

@@ -32,12 +32,15 @@ class Batch(NamedTuple):
         What is no run.
     owners : list
         Keep the memory alive where the arrays alone do not: an exported buffer can be all that does.
+    streams : list of int
+        Handles of the CUDA streams of arrays that are of no framework, and not ours.
     """
 
     device: str
     runs: np.ndarray
     strided: list[Region]
     owners: list[Any]
+    streams: list[int]
 
     @property
     def nbytes(self) -> int:
@@ -61,14 +64,17 @@ def each_with_value(xs: Iterable[Any], fill_values: Any) -> tuple[list[Any], lis
     Raises
     ------
     TypeError
-        If `xs` is an array instead of several, or what holds arrays without being a sequence of them; or
-        if `fill_values` has no order, or is an array that is not NumPy's.
+        If `xs` is an array instead of several, or what holds arrays without being a sequence of them; if
+        there is a value for each and one of both has no order; or if `fill_values` is an array that is not
+        NumPy's.
     ValueError
         If the lengths differ, or an iterator has nothing left to give.
     """
     arrays = _several(xs)
     if _is_one(fill_values):
         return arrays, None
+    if isinstance(xs, Set):
+        raise TypeError(f"xs is {type(xs).__name__}, which has no order for a value each; pass a list")
     values = list(itertools.islice(fill_values, len(arrays) + 1))  # an iterator may never end
     if len(values) != len(arrays):
         given = f"{len(values)}" if len(values) < len(arrays) else f"more than {len(arrays)}"
@@ -169,6 +175,7 @@ class _Part(NamedTuple):
     strided: list[Region]
     strided_positions: list[int]
     owners: list[Any]
+    streams: list[int]
 
 
 def tiles(values: Sequence[Any], dtypes: Sequence[DType], named: Callable[[int], str]) -> np.ndarray:
@@ -221,7 +228,7 @@ def _repeated(elements: bytes, itemsize: int) -> np.ndarray:
 def _plain_part(
     found: Columns, chosen: np.ndarray, positions: np.ndarray, fill_value: Any, values: Sequence[Any] | None
 ) -> _Part:
-    """Return the part of plain tensors on one device, which are a run each."""
+    """Return the part of plain arrays on one device, which are a run each."""
     dtypes = found.dtypes
     if len(chosen) < len(dtypes):
         dtypes = [dtypes[index] for index in chosen.tolist()]
@@ -246,14 +253,14 @@ def _plain_part(
     runs["address"], runs["nbytes"], runs["count"] = found.addresses[chosen], found.nbytes[chosen], 1
     runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]
     index = int(found.devices[chosen[0]])
-    return _Part("cpu" if index < 0 else f"cuda:{index}", runs, positions, [], [], [])
+    return _Part("cpu" if index < 0 else f"cuda:{index}", runs, positions, [], [], [], [])
 
 
 def _other_parts(
     arrays: Sequence[Any], positions: Sequence[int], fill_value: Any, values: Sequence[Any] | None
 ) -> list[_Part]:
     """Return the parts of arrays of any kind, looked at one by one."""
-    found: dict[str, tuple[list[tuple[int, ...]], list[int], list[Region], list[int], list[Any]]] = {}
+    found: dict[str, list[tuple[int, View, Region]]] = {}
     for position in positions:
         x = arrays[position]
         if is_tensor(x) and not has_memory(x):
@@ -264,21 +271,30 @@ def _other_parts(
         except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
             raise type(error)(f"xs[{position}]: {error}") from error
         region = normalised(Region(view.address, view.shape, view.strides, element))
-        if 0 in region.shape:
-            continue
-        runs, run_positions, strided, strided_positions, owners = found.setdefault(view.device, ([], [], [], [], []))
-        owners.append(view.owner)
-        run = as_run(region)
-        if run is None:
-            strided.append(region)
-            strided_positions.append(position)
+        if 0 not in region.shape:
+            found.setdefault(view.device, []).append((position, view, region))
+    return [_part(device, looked_at) for device, looked_at in found.items()]
+
+
+def _part(device: str, looked_at: Sequence[tuple[int, View, Region]]) -> _Part:
+    """Return the part of arrays on one device, of each its position, its view and what there is to fill."""
+    rows: list[tuple[int, tuple[int, ...]]] = []
+    strided: list[tuple[int, Region]] = []
+    for position, _, region in looked_at:
+        row = as_run(region)
+        if row is None:
+            strided.append((position, region))
         else:
-            runs.append(run)
-            run_positions.append(position)
-    return [
-        _Part(device, np.array(runs, RUN), np.array(run_positions, np.int64), strided, strided_positions, owners)
-        for device, (runs, run_positions, strided, strided_positions, owners) in found.items()
-    ]
+            rows.append((position, row))
+    return _Part(
+        device,
+        np.array([row for _, row in rows], RUN),
+        np.array([position for position, _ in rows], np.int64),
+        [region for _, region in strided],
+        [position for position, _ in strided],
+        [view.owner for _, view, _ in looked_at],
+        [view.stream for _, view, _ in looked_at if view.stream is not None and not isinstance(view.owner, Array)],
+    )
 
 
 def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
@@ -286,6 +302,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
     runs = np.concatenate([part.runs for part in parts])
     strided = [region for part in parts for region in part.strided]
     owners = [owner for part in parts for owner in part.owners]
+    streams = list(dict.fromkeys(stream for part in parts for stream in part.streams))
     starts = np.concatenate([runs["address"], np.array([region.address for region in strided], np.uint64)])
     stops = np.concatenate(
         [
@@ -297,7 +314,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
     reach = np.maximum.accumulate(stops[order])
     apart = np.append(True, starts[order][1:] >= reach[:-1])  # from all that begins at lower addresses
     if apart.all():
-        return [Batch(device, runs, strided, owners)]
+        return [Batch(device, runs, strided, owners, streams)]
     positions = np.concatenate(
         [part.run_positions for part in parts] + [np.array(part.strided_positions, np.int64) for part in parts]
     )
@@ -317,6 +334,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
             runs[turns[: len(runs)] == turn],
             [region for region, its in zip(strided, turns[len(runs) :].tolist(), strict=True) if its == turn],
             owners,
+            streams,
         )
         for turn in range(int(turns.max()) + 1)
     ]

@@ -6,6 +6,7 @@ import dataclasses
 import platform
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,6 @@ __all__ = ["BackendInfo", "Info", "info"]
 PATIENCE = 60
 
 _FRAMEWORKS = ["keras", "torch", "jax", "tensorflow", "tensorflow-cpu", "numpy", "ml_dtypes"]
-_PACKAGES = {
-    "cupy": ["cupy", "cupy-cuda12x", "cupy-cuda13x"],
-    "numba": ["numba-cuda"],
-    "numpy": ["numpy"],
-}
 
 
 @dataclass(frozen=True)
@@ -118,13 +114,13 @@ def info() -> Info:
         driver=found["driver"],
         devices=tuple(found["devices"]),
         backends=tuple(
-            BackendInfo(name, device, _version(_PACKAGES[name]), found["why_not"][name])
-            for name, device in BACKENDS.items()
+            BackendInfo(name, row.device, _version(row.packages), found["why_not"][name])
+            for name, row in BACKENDS.items()
         ),
     )
 
 
-def _version(distributions: list[str]) -> str | None:
+def _version(distributions: Iterable[str]) -> str | None:
     import importlib.metadata  # with it comes what an import of gpuconst would pay for: email, zipfile, socket
 
     for name in distributions:
@@ -163,7 +159,7 @@ def _failed(why: str) -> dict[str, Any]:
         "default": f"none: {reason}",
         "driver": None,
         "devices": [],
-        "why_not": {name: reason if device != "cpu" else None for name, device in BACKENDS.items()},
+        "why_not": {name: reason if row.device != "cpu" else None for name, row in BACKENDS.items()},
     }
 
 

@@ -3,7 +3,7 @@
 import reprlib
 from typing import Any
 
-__all__ = ["CopyNeededError", "DeviceUnavailableError", "OutOfMemoryError", "brief"]
+__all__ = ["CopyNeededError", "DeviceUnavailableError", "OutOfMemoryError", "brief", "first_line"]
 
 _brief = reprlib.Repr()
 _brief.maxother = _brief.maxstring = _brief.maxlong = 120
@@ -18,6 +18,11 @@ def brief(value: Any) -> str:
         Of any kind and size.
     """
     return _brief.repr(value)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error of somebody else's says in its first line, or its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class DeviceUnavailableError(RuntimeError):

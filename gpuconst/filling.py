@@ -16,7 +16,7 @@ from .dtypes import resolve_dtype
 from .kernels import host_fill
 from .kernels.runs import Region
 from .log import debug
-from .streams import check_captured, current_streams, stream_handle
+from .streams import check_captured, current_stream, stream_handle
 from .torch_rules import (
     check_eager,
     check_writable,
@@ -31,7 +31,7 @@ from .torch_rules import (
     tensor_positions,
 )
 from .values import encode
-from .views import extents
+from .views import View, extents
 
 __all__ = ["FillPlan", "fill", "fill_many", "plan_fill"]
 
@@ -99,12 +99,10 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     view = writable_view(x)
     element = encode(fill_value, view.dtype)
     place = select(view.device)
-    handle = view.stream if stream is None else stream_handle(stream, place)
-    if stream is None and place.device != "cpu":
-        check_captured(handle, place)
-    if handle != view.stream:
+    handle = stream_handle(stream, place) if stream is not None else _owners_stream(x, view, place)
+    if view.stream is not None and handle != view.stream:
         _wait_for_owner(x, view.stream, handle, place)
-    place.module.fill([Region(view.address, view.shape, view.strides, element)], place.ordinal, handle)
+    place.module.fill(Region(view.address, view.shape, view.strides, element), place.ordinal, handle)
     if is_torch:
         mark_written([x])
     elif isinstance(x, Array):
@@ -128,15 +126,24 @@ def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., No
     return None
 
 
+def _owners_stream(x: Any, view: View, place: Place) -> int:
+    """Return the handle of the stream that orders work on an array."""
+    if place.device == "cpu":
+        return 0
+    handle = view.stream if view.stream is not None else current_stream(type(x), place.ordinal) or 0
+    check_captured(handle, place)
+    return handle
+
+
 def _wait_for_owner(x: Any, owner: int, handle: int, place: Place) -> None:
-    """Order a stream that was asked for after the one that the array was last filled or exported on.
+    """Order a stream that was asked for after the one that the array was last filled, exported or used on.
 
     Not after the current stream of a framework: there, as in the framework's own calls, it is the
     caller who orders a stream of theirs.
     """
     if isinstance(x, Array):
         place.module.hand_over(x._memory, owner, handle)
-    elif not is_tensor(x):
+    else:
         place.module.order(owner, handle, place.ordinal)
 
 
@@ -355,19 +362,21 @@ class _Step:
                 place.module.hand_over(array._memory, array._stream, handle)
                 array._stream = handle
         self._run(handle)
-        for other in others:
-            place.module.order(handle, other, place.ordinal)
+        if stream is None:  # otherwise it is the caller who orders what comes after it
+            for other in others:
+                place.module.order(handle, other, place.ordinal)
 
     def _streams(self, stream: Any) -> tuple[int, list[int]]:
-        """Return the stream to fill on, and the frameworks' other current ones, which it joins."""
+        """Return the stream to fill on, and those that the arrays are used on besides, which are waited for."""
         if self.place.device == "cpu":
             return 0, []
         if stream is not None:
-            return stream_handle(stream, self.place), []
-        handles = list(dict.fromkeys(current_streams(self._kinds, self.place.ordinal)))
-        handles = handles or [array._stream for array in self._ours[:1]] or [0]
-        check_captured(handles[0], self.place)
-        return handles[0], handles[1:]
+            return stream_handle(stream, self.place), self._batch.streams
+        current = [current_stream(kind, self.place.ordinal) for kind in self._kinds]
+        handles = [handle for handle in current if handle is not None] + self._batch.streams
+        first, *others = dict.fromkeys(handles or [array._stream for array in self._ours[:1]] or [0])
+        check_captured(first, self.place)
+        return first, others
 
 
 def _prepared(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None, stream: Any) -> list[_Step]:

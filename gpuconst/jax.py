@@ -12,7 +12,7 @@ import numpy as np
 from .creation import full
 from .dtypes import DType, resolve_dtype
 from .errors import brief
-from .values import encode
+from .values import encode, is_number
 
 try:
     import jax
@@ -73,10 +73,11 @@ class constant:
     dtype: Any
 
     def __init__(self, value: Any, dtype: Any = None) -> None:
-        if not _is_scalar(value) and not hasattr(value, "shape"):
-            raise TypeError(f"constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
-        if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        if isinstance(value, np.generic | np.ndarray) and is_number(value):
             value = value.item()  # the dtype of a value does not count
+        is_array = hasattr(value, "shape") and not isinstance(value, np.generic)
+        if not (is_array or _is_scalar(value)):
+            raise TypeError(f"constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         self.value = value
         self.dtype = None if dtype is None else jax.numpy.dtype(dtype)
 

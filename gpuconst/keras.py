@@ -17,7 +17,7 @@ from .dtypes import resolve_dtype
 from .errors import DeviceUnavailableError, brief
 from .filling import fill
 from .torch_rules import has_memory
-from .values import check_shape, default_dtype, encode
+from .values import check_shape, encode, is_number
 
 try:
     import keras
@@ -70,8 +70,9 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
     """
 
     def __init__(self, value: Any = 0.0) -> None:
-        is_array = hasattr(value, "shape") or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
-        if not is_array and not _is_scalar(value):
+        is_array = hasattr(value, "shape") and not isinstance(value, np.generic)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        if not (is_array or is_list or is_number(value)):
             raise TypeError(f"Constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         super().__init__(value)
 
@@ -158,7 +159,7 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
     dtype = keras.backend.standardize_dtype(dtype)
     if _dynamo_compiles():
         return keras.initializers.Constant(value)(shape, dtype)
-    is_scalar = _is_scalar(value)
+    is_scalar = is_number(value)
     if is_scalar:
         encode(value, resolve_dtype(dtype))  # the policy holds in every context, the traced ones too
     lengths = _read_shape(shape)
@@ -209,16 +210,6 @@ def _warn_once(error: Exception) -> None:
         _warned.add(type(error))
         message = f"gpuconst could not fill a weight, Keras' own full does, for this one and the next: {error}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _is_scalar(value: Any) -> bool:
-    try:
-        default_dtype(value)
-    except TypeError:
-        return False
-    except OverflowError:  # an int above int64
-        return True
-    return True
 
 
 def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:

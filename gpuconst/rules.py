@@ -66,11 +66,16 @@ class Rules:
             if not any(map(matches, names)):
                 raise ValueError(f"the rule {glob!r} matches nothing; {_nearest(glob, names)}")
             winner = chosen.get(glob, index)
-            if winner != index and not _GLOB.search(glob) and self.values[winner] is not self.values[index]:
+            if winner != index and not _GLOB.search(glob) and not _same(self.values[winner], self.values[index]):
                 raise ValueError(
                     f"the rule {glob!r} has no effect: its tensor follows {self.globs[winner]!r}, which comes first, "
                     "there or under a name that it is tied to; put the rule before that one, or drop it"
                 )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values are the same: as text -0.0 is not 0.0, and nan is nan."""
+    return a is b or (type(a) is type(b) and repr(a) == repr(b))
 
 
 def _nearest(glob: str, names: Sequence[str]) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import Any, Self
 
 from .backends import Place
 from .kernels import cuda_driver
 
-__all__ = ["check_captured", "consumer_handle", "current_streams", "stream_handle"]
+__all__ = ["check_captured", "consumer_handle", "current_stream", "stream_handle"]
 
 
 class _Handle(int):
@@ -130,25 +129,24 @@ def check_captured(handle: int, place: Place) -> None:
         )
 
 
-def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
-    """Return the handles of the streams on which the frameworks of some arrays work at the moment.
+def current_stream(kind: type, ordinal: int) -> int | None:
+    """Return the handle of the stream on which the framework of some arrays works at the moment.
 
     Parameters
     ----------
-    kinds : iterable of type
+    kind : type
         Of the arrays.
     ordinal : int
         Of the GPU.
 
     Returns
     -------
-    list of int
-        One for each framework that has a current stream there.
+    int or None
+        None where they are of no framework that has a current stream.
     """
-    handles = []
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and any(issubclass(kind, torch.Tensor) for kind in kinds) and torch.cuda.is_initialized():
-        handles.append(int(torch.cuda.current_stream(ordinal).cuda_stream))
-    if cupy is not None and any(issubclass(kind, cupy.ndarray) for kind in kinds):
-        handles.append(int(cupy.cuda.get_current_stream(ordinal).ptr))
-    return handles
+    if torch is not None and issubclass(kind, torch.Tensor):
+        return int(torch.cuda.current_stream(ordinal).cuda_stream) if torch.cuda.is_initialized() else None
+    if cupy is not None and issubclass(kind, cupy.ndarray):
+        return int(cupy.cuda.get_current_stream(ordinal).ptr)
+    return None

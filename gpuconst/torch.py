@@ -14,7 +14,7 @@ from .dtypes import DType, resolve_dtype
 from .errors import DeviceUnavailableError
 from .filling import fill, fill_many
 from .rules import Rules
-from .torch_rules import has_memory, local_part
+from .torch_rules import has_memory, is_dtensor, keeps_data_elsewhere, local_part
 from .values import encode
 
 try:
@@ -140,7 +140,7 @@ class _Homes:
     def of(self, tensor: torch.Tensor) -> torch.device:
         if self.given is not None:
             return self.given
-        mesh: str | None = tensor.device_mesh.device_type if _is_dtensor(tensor) else None  # type: ignore[attr-defined]
+        mesh: str | None = tensor.device_mesh.device_type if is_dtensor(tensor) else None  # type: ignore[attr-defined]
         if mesh not in self._default:
             self._default[mesh] = _resolved(torch.get_default_device() if mesh is None else torch.device(mesh))
         return self._default[mesh]
@@ -191,7 +191,7 @@ class _Tensor(_Named):
     def take(self, new: torch.Tensor) -> None:
         """Have memory, which becomes what the tensor was."""
         old = self.tensor
-        if type(old) is torch.Tensor or _is_dtensor(old):
+        if type(old) is torch.Tensor or is_dtensor(old):
             new.requires_grad_(old.requires_grad)
         else:
             new = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
@@ -218,7 +218,7 @@ class _Weight(_Named):
         first = self.tensors[0]
         where = first.tensor.device if first.has_memory else homes.of(first.tensor)
         with _Said(self, f"; set {names} by rules of their own"):
-            if any(_is_dtensor(tensor.tensor) for tensor in self.tensors):
+            if any(is_dtensor(tensor.tensor) for tensor in self.tensors):
                 raise ValueError("a sharded weight is not set through its originals")
             weight = torch.empty_like(self.computed.outline(), device=where)
             if callable(self.value):
@@ -297,8 +297,7 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
             raise ValueError(f"{name!r} has no shape yet; call the module once, then materialize it")
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name!r} has the layout {tensor.layout}, expected torch.strided")
-        dispatched = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        if dispatched and not _is_dtensor(tensor):
+        if keeps_data_elsewhere(tensor) and not is_dtensor(tensor):
             raise TypeError(
                 f"{name!r} is a {type(tensor).__name__}, which keeps its data in other tensors; "
                 "make the module with plain tensors, under torch.device('meta')"
@@ -332,7 +331,7 @@ def _make(tensors: Sequence[_Tensor], homes: _Homes) -> list[_Tensor]:
 
 def _row(tensor: torch.Tensor) -> DType | None:
     """Return the dtype of a tensor that is one plain stretch of memory."""
-    if _is_dtensor(tensor) or not tensor.is_contiguous():
+    if is_dtensor(tensor) or not tensor.is_contiguous():
         return None
     try:
         return resolve_dtype(tensor.dtype)
@@ -362,11 +361,6 @@ def _resolved(device: torch.device) -> torch.device:
     if not has_memory(probe):
         raise ValueError(f"torch makes tensors without memory on {str(device)!r} here; pass device='cpu' or 'cuda'")
     return probe.device
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def _reshard(module: torch.nn.Module) -> None:

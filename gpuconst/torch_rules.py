@@ -23,7 +23,9 @@ __all__ = [
     "columns",
     "compiling",
     "has_memory",
+    "is_dtensor",
     "is_tensor",
+    "keeps_data_elsewhere",
     "local_part",
     "mark_stretch_written",
     "mark_written",
@@ -94,14 +96,22 @@ def are_plain(arrays: Sequence[Any]) -> bool:
     return _plain_types().issuperset(map(type, arrays))
 
 
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, asked without importing what makes them."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
+
+
 def local_part(tensor: Any) -> Any:
     """Return the plain tensor that holds this process's part of a DTensor, other tensors as they are."""
-    if type(tensor) in _plain_types():
+    if type(tensor) in _plain_types() or not is_dtensor(tensor):
         return tensor
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(tensor, distributed.DTensor):
-        return tensor._local_tensor  # to_local() would put it on autograd's tape
-    return tensor
+    return tensor._local_tensor  # to_local() would put it on autograd's tape
+
+
+def keeps_data_elsewhere(tensor: Any) -> bool:
+    """Whether a tensor is of a subclass whose data is in other tensors; a DTensor is."""
+    return type(tensor).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__
 
 
 def check_writable(tensor: Any) -> None:
@@ -135,7 +145,7 @@ def check_writable(tensor: Any) -> None:
     if tensor.layout is not torch.strided:
         way_out = "use its to_dense()" if tensor.is_mkldnn else "fill its values()"
         raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; {way_out}")
-    if type(tensor) not in _plain_types() and type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if type(tensor) not in _plain_types() and keeps_data_elsewhere(tensor):
         raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; fill those")
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise TypeError("the tensor is being transformed (vmap, grad) and has no memory; use torch.full_like")
@@ -213,17 +223,17 @@ def storages(tensors: Sequence[Any]) -> list[Any]:
 
 
 class Columns(NamedTuple):
-    """What there is to know of many tensors, a column a fact.
+    """What there is to know of many arrays, a column a fact.
 
     Attributes
     ----------
     plain : numpy.ndarray of bool
-        Which tensors are dense, contiguous, on the CPU or CUDA, and may be written; only of those is the
+        Which arrays are dense, contiguous, on the CPU or CUDA, and may be written; only of those is the
         rest true.
     addresses, nbytes, devices : numpy.ndarray of int
         Where each is and how long; -1 for the CPU, else the index of the GPU.
-    dtypes : list of torch.dtype
-        Of each.
+    dtypes : list
+        Of each, as its own library has it.
     """
 
     plain: np.ndarray

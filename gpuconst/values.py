@@ -18,7 +18,7 @@ import numpy as np
 from .dtypes import DTYPES, DType
 from .errors import brief
 
-__all__ = ["check_shape", "default_dtype", "encode", "encode_each"]
+__all__ = ["check_shape", "default_dtype", "encode", "encode_each", "is_number"]
 
 _MAX_BYTES = 2**63 - 1
 _MAX_NDIM = 64  # NumPy's limit
@@ -234,6 +234,15 @@ def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
         if np.isfinite(kept[finite]).all() and np.array_equal(kept[~finite], given[~finite], equal_nan=True):
             return rounded.tobytes()
     return b"".join([encode(value, dtype) for value in values])
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is of a kind that `encode` takes, ``bytes`` apart."""
+    try:
+        _number(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _number(value: Any) -> int | float | complex:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .array import Array
-from .dlpack import CPU, CUDA, READ_ONLY, Tensor, read_capsule
+from .dlpack import CPU, CUDA, IS_COPIED, READ_ONLY, Tensor, read_capsule
 from .dtypes import DType, dtype_from_dlpack, resolve_dtype
 from .kernels import cuda_driver
 from .kernels.runs import contiguous_strides
@@ -25,7 +25,6 @@ from .torch_rules import Columns, are_plain, has_memory, is_tensor, local_part
 __all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory", "view_of"]
 
 _CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
-_IS_COPIED = 2
 _READ_ONLY = "it is read-only; fill a copy of it"
 
 
@@ -47,8 +46,9 @@ class View(NamedTuple):
         Keeps the memory alive.
     read_only : str or None
         Why it must not be written, or None.
-    stream : int
-        The CUDA stream that orders work on it; 0 for the legacy default one, and for the CPU.
+    stream : int or None
+        Handle of the CUDA stream that orders work on it; None where that is the current one of its framework,
+        where nothing does, and on the CPU.
     """
 
     address: int
@@ -58,7 +58,7 @@ class View(NamedTuple):
     device: str
     owner: Any
     read_only: str | None = None
-    stream: int = 0
+    stream: int | None = None
 
 
 def view_of(x: Any) -> View:
@@ -261,12 +261,7 @@ def _read_torch(x: Any) -> View:
     stored, needed = tensor.untyped_storage().nbytes(), (tensor.storage_offset() + last + 1) * itemsize
     if needed > stored and tensor.numel():
         raise ValueError(f"the tensor's storage was resized to {stored} bytes, it needs {needed}")
-    device, stream = "cpu", 0
-    if tensor.is_cuda:
-        import torch
-
-        device, stream = f"cuda:{tensor.get_device()}", torch.cuda.current_stream(tensor.device).cuda_stream
-    return View(address, shape, strides, dtype, device, x, None, stream)
+    return View(address, shape, strides, dtype, f"cuda:{tensor.get_device()}" if tensor.is_cuda else "cpu", x)
 
 
 def _read_jax(x: Any) -> View:
@@ -293,8 +288,7 @@ def _read_proxy(x: Any) -> View:
 
 
 def _read_cupy(x: Any) -> View:
-    stream = sys.modules["cupy"].cuda.get_current_stream(x.device.id).ptr
-    return View(x.data.ptr, x.shape, x.strides, resolve_dtype(x.dtype), f"cuda:{x.device.id}", x, None, stream)
+    return View(x.data.ptr, x.shape, x.strides, resolve_dtype(x.dtype), f"cuda:{x.device.id}", x)
 
 
 def _read_cuda_interface(x: Any) -> View:
@@ -310,10 +304,8 @@ def _read_cuda_interface(x: Any) -> View:
     if interface.get("mask") is not None:
         raise TypeError("the array is masked; fill its data and its mask each on its own")
     index = cuda_driver.device_of(address) if math.prod(shape) else 0
-    return View(
-        address, shape, strides, dtype, f"cuda:{index}", x, _READ_ONLY if read_only else None,
-        interface.get("stream") or 0,
-    )  # fmt: skip
+    why = _READ_ONLY if read_only else None
+    return View(address, shape, strides, dtype, f"cuda:{index}", x, why, interface.get("stream"))
 
 
 def _read_dlpack(x: Any) -> View:
@@ -328,7 +320,7 @@ def _read_dlpack(x: Any) -> View:
     except TypeError:  # an exporter of before DLPack 1.0
         capsule = x.__dlpack__(**arguments)
     tensor, flags = read_capsule(capsule)
-    if flags & _IS_COPIED:
+    if flags & IS_COPIED:
         raise BufferError(f"{type(x).__name__}.__dlpack__ answered with a copy, although copy=False was asked")
     if tensor.device_type != kind:
         raise ValueError(f"the object says that it is on DLPack device type {kind}, its tensor {tensor.device_type}")
@@ -349,7 +341,8 @@ def _read_dlpack(x: Any) -> View:
     else:
         strides = contiguous_strides(shape, dtype.itemsize)
     address = (tensor.data or 0) and tensor.data + tensor.byte_offset
-    return View(address, shape, strides, dtype, device, capsule, _READ_ONLY if flags & READ_ONLY else None)
+    stream = 0 if kind == CUDA else None  # the one that the exporter was asked to order its work before
+    return View(address, shape, strides, dtype, device, capsule, _READ_ONLY if flags & READ_ONLY else None, stream)
 
 
 def _dlpack_device(tensor: Tensor) -> str:

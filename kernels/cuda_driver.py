@@ -35,6 +35,8 @@ _DISABLE_TIMING = 2
 _CAPTURE_RELAXED = 2
 _CAPTURE_IMPLICIT = 906  # the legacy default stream, while another stream is captured
 
+#: How to get what a backend misses.
+INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
 #: CUDA 12, the oldest that both CuPy 14 and numba-cuda support.
 OLDEST_DRIVER = 12000
 

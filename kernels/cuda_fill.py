@@ -9,7 +9,7 @@ import numpy as np
 
 from . import cuda_driver
 from .cuda_lease import Lease
-from .runs import Launch, Region, region_launches, row_launch, split, strided_launches, table, table_launch
+from .runs import Launch, Region, region_launches, row_launch, strided_launches, table, table_launch
 
 #: A backend's `allocate`: bytes, device and stream to what owns the memory, and the address.
 Allocate = Callable[[int, int, int], tuple[Lease, int]]
@@ -34,30 +34,20 @@ def capturable(start: Start) -> Start:
     return launched
 
 
-def fill(regions: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start) -> None:
-    """Fill regions of device memory that do not intersect, in stream order.
+def fill(region: Region, index: int, stream: int, start: Start) -> None:
+    """Fill a region of device memory, in stream order.
 
     Parameters
     ----------
-    regions : sequence of Region
+    region : Region
         What to fill. The caller vouches for the addresses and keeps the memory alive.
     index, stream : int
         Of the device; handle of the stream.
-    allocate, start : callable
+    start : callable
         The backend's.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If there is no memory for the table that several regions need.
-    RuntimeError
-        If a table is needed while a CUDA graph is being captured.
     """
-    if len(regions) == 1:
-        for launch in region_launches(regions[0]):
-            start(launch, index, stream)
-    else:
-        prepare(*split(regions), index, stream, allocate, start)(stream)
+    for launch in region_launches(region):
+        start(launch, index, stream)
 
 
 def prepare(

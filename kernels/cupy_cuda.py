@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from gpuconst.errors import first_line
+
 from . import cuda_driver, cuda_fill
-from .cuda_driver import copy, current_index, order, synchronize
+from .cuda_driver import INSTALL, copy, current_index, order, synchronize
 from .cuda_lease import Lease, hand_over
 from .runs import (
     BLOCK,
@@ -44,7 +46,6 @@ __all__ = [
     "why_not",
 ]
 
-_INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
@@ -55,7 +56,7 @@ def why_not(index: int) -> str | None:
 
 @functools.cache
 def _missing_package() -> str | None:
-    return None if importlib.util.find_spec("cupy") else f"CuPy is not installed; {_INSTALL}"
+    return None if importlib.util.find_spec("cupy") else f"CuPy is not installed; {INSTALL}"
 
 
 @functools.cache
@@ -64,23 +65,23 @@ def _missing_compiler() -> str | None:
         import cupy
         from cupy._core import core
     except Exception as error:
-        return f"CuPy cannot be imported ({_first_line(error)}); {_INSTALL}"
+        return f"CuPy cannot be imported ({first_line(error)}); {INSTALL}"
     try:
         cupy.cuda.nvrtc.getVersion()
     except Exception as error:
-        return f"CuPy's compiler NVRTC cannot be loaded ({_first_line(error)}); {_INSTALL}"
+        return f"CuPy's compiler NVRTC cannot be loaded ({first_line(error)}); {INSTALL}"
     try:
         core.assemble_cupy_compiler_options(())
     except Exception as error:
-        return f"CuPy's compiler NVRTC has no CUDA headers ({_first_line(error)}); {_INSTALL}"
+        return f"CuPy's compiler NVRTC has no CUDA headers ({first_line(error)}); {INSTALL}"
     try:
         _signature()  # of parts of CuPy that are nobody's but its own
     except Exception as error:
-        return f"CuPy {cupy.__version__} makes elementwise kernels in another way ({_first_line(error)}); use CuPy 14"
+        return f"CuPy {cupy.__version__} makes elementwise kernels in another way ({first_line(error)}); use CuPy 14"
     try:
         cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
-        return f"CuPy cannot use CUDA ({_first_line(error)}); {_INSTALL}"
+        return f"CuPy cannot use CUDA ({first_line(error)}); {INSTALL}"
     return None
 
 
@@ -96,10 +97,6 @@ def _too_old(index: int) -> str | None:
         f"CuPy's compiler NVRTC {version} has dropped compute capability {major}.{minor}, "
         f"and begins at {oldest // 10}.{oldest % 10}; pip install 'gpuconst[cuda12]' may have it still"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
@@ -139,7 +136,7 @@ def _take(nbytes: int, index: int, stream: int) -> Any:
     cuda = cupy.cuda
     if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
         return cuda.alloc(nbytes)  # to enter what is entered already takes longer
-    with cuda.Device(index), _stream(stream):
+    with cuda.Device(index), _stream(int(stream)):
         return cuda.alloc(nbytes)
 
 
@@ -180,9 +177,9 @@ def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, i
     return memory, address
 
 
-def fill(regions: Sequence[Region], index: int, stream: int) -> None:
-    """Fill regions of device memory, in stream order; see `cuda_fill.fill`."""
-    cuda_fill.fill(regions, index, stream, allocate, _launch)
+def fill(region: Region, index: int, stream: int) -> None:
+    """Fill a region of device memory, in stream order; see `cuda_fill.fill`."""
+    cuda_fill.fill(region, index, stream, _launch)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:

@@ -10,22 +10,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .host_fill import MEMORY, ORIGIN, PIECE, SMALLEST_SHARED, TWO_THREADS, assign, fill_stretch
+from .host_fill import (
+    MEMORY,
+    ORIGIN,
+    PIECE,
+    SMALLEST_SHARED,
+    TWO_THREADS,
+    UNSIGNED,
+    assign,
+    fill_stretch,
+    laid_over,
+)
 from .host_memory import Map, reserve
 from .host_threads import share
-from .runs import TILE, Region, normalised
+from .runs import TILE, Region
 
 #: Runs of one length, of up to this many bytes, are scattered together from so many on; setting it up costs as
 #: much as so many fills.
 LONGEST_SCATTERED, FEWEST_SCATTERED = 16 << 10, 4
-
-_UNSIGNED: dict[int, np.dtype[Any]] = {
-    1: np.dtype("u1"),
-    2: np.dtype("u2"),
-    4: np.dtype("u4"),
-    8: np.dtype("u8"),
-    16: np.dtype("V16"),
-}
 
 
 def why_not(index: int) -> str | None:
@@ -88,21 +90,23 @@ def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int
     return memory, address
 
 
-def fill(regions: Sequence[Region], index: int, stream: int) -> None:
-    """Fill regions of host memory, one after the other.
+def fill(region: Region, index: int, stream: int) -> None:
+    """Fill a region of host memory.
 
     Parameters
     ----------
-    regions : sequence of Region
+    region : Region
         What to fill. The caller vouches for the addresses and keeps the memory alive.
     index, stream : int
         Of the device; the CPU has only 0.
     """
-    for region in regions:
-        address, shape, strides, element = normalised(region)
-        if 0 not in shape:  # of an empty one the address may be null
-            dtype = _UNSIGNED[len(element)]
-            assign(np.ndarray(shape, dtype, MEMORY, address - ORIGIN, strides), element)
+    if 0 not in region.shape:
+        _filler(region)()
+
+
+def _filler(region: Region) -> Callable[[], None]:
+    """Return what fills a region of at least one element."""
+    return partial(assign, laid_over(region), region.element)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
@@ -128,18 +132,15 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     scatters, alone = _scattered(runs) if len(runs) >= FEWEST_SCATTERED else ([], runs)
     regions = [*map(_as_region, alone.tolist()), *strided]
 
-    small = [region for region in regions if region.nbytes < SMALLEST_SHARED]
-    in_turn = [scatter.store for scatter in scatters]
-    shared: list[Callable[[], None]] = [
-        partial(fill, [region], index, 0) for region in regions if region.nbytes >= SMALLEST_SHARED
-    ]
+    in_turn: list[Callable[[], None]] = [scatter.store for scatter in scatters]
+    shared = [_filler(region) for region in regions if region.nbytes >= SMALLEST_SHARED]
     if sum(scatter.nbytes for scatter in scatters) >= TWO_THREADS:
         in_turn, shared = [], [*in_turn, *shared]
+    in_turn += [_filler(region) for region in regions if region.nbytes < SMALLEST_SHARED]
 
     def run(stream: int) -> None:
         for store in in_turn:
             store()
-        fill(small, index, stream)
         share(shared)
 
     return run
@@ -181,7 +182,7 @@ def _of_one_length(runs: np.ndarray) -> list[_Scatter]:
     """Return what fills runs of one length, `PIECE` bytes of them each."""
     nbytes = int(runs["nbytes"][0])
     unit = min(nbytes & -nbytes, TILE)
-    dtype = _UNSIGNED[unit]
+    dtype = UNSIGNED[unit]
     # Overlapping rows, one at each byte: an index is an address. So many that their bytes can be counted.
     memory = np.ndarray((2**62 // nbytes, nbytes // unit), dtype, MEMORY, 0, (1, unit))
     addresses = runs["address"].astype(np.int64)

@@ -19,8 +19,19 @@ from typing import Any
 import numpy as np
 
 from .host_threads import share
+from .runs import Region, normalised
 
-__all__ = ["MEMORY", "ORIGIN", "PIECE", "SMALLEST_SHARED", "TWO_THREADS", "assign", "fill_stretch"]
+__all__ = [
+    "MEMORY",
+    "ORIGIN",
+    "PIECE",
+    "SMALLEST_SHARED",
+    "TWO_THREADS",
+    "UNSIGNED",
+    "assign",
+    "fill_stretch",
+    "laid_over",
+]
 
 #: Fewer bytes than this take Python a third of the time that a NumPy array of them takes to make and fill.
 BY_WORDS = 32 << 10
@@ -37,6 +48,15 @@ SMALLEST_SHARED = 1 << 20
 #: What a thread takes at a time, a huge page: one that gets no core, or late, leaves more to the other.
 PIECE = 2 << 20
 ROW = 16 << 10
+
+#: Dtypes to move elements by, of each length.
+UNSIGNED: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("u2"),
+    4: np.dtype("u4"),
+    8: np.dtype("u8"),
+    16: np.dtype("V16"),
+}
 
 # All of memory as one buffer, so that NumPy arrays can be laid over any address: building a ctypes
 # array type for each length instead would cost several times the fill of a small tensor. It starts
@@ -83,10 +103,25 @@ def assign(array: np.ndarray, element: bytes) -> None:
     element : bytes
         As long as an element of the array.
     """
-    if array.nbytes >= BY_ADDRESS and array.flags.c_contiguous:
-        fill_stretch(array.ctypes.data, array.nbytes, element)
-    else:
-        array[...] = _scalar(element, array.dtype)
+    if array.nbytes >= BY_ADDRESS:
+        if not array.flags.c_contiguous:  # in other order it may be one stretch, and be small where strides are 0
+            array = laid_over(Region(array.ctypes.data, array.shape, array.strides, element))
+        if array.flags.c_contiguous:
+            fill_stretch(array.ctypes.data, array.nbytes, element)
+            return
+    array[...] = _scalar(element, array.dtype)
+
+
+def laid_over(region: Region) -> np.ndarray:
+    """Return an array over the memory of a region, in the fewest dimensions.
+
+    Parameters
+    ----------
+    region : Region
+        Of at least one element: the address of an empty one may be null.
+    """
+    address, shape, strides, element = normalised(region)
+    return np.ndarray(shape, UNSIGNED[len(element)], MEMORY, address - ORIGIN, strides)
 
 
 def _store(address: int, nbytes: int, element: bytes) -> None:

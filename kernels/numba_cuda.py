@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from gpuconst.errors import first_line
+
 from . import cuda_driver, cuda_fill
-from .cuda_driver import copy, current_index, order, synchronize
+from .cuda_driver import INSTALL, copy, current_index, order, synchronize
 from .cuda_lease import Lease, hand_over
 from .runs import RESIDENT, RESIDENT_ELSEWHERE, THREADS, Launch, Region, run_launch, tile
 
@@ -42,8 +44,6 @@ RELEASE_THRESHOLD = 256 << 20
 #: Packages that a cubin depends on.
 _COMPILED_WITH = ("numba", "numba-cuda", "llvmlite", "cuda-core", "numpy")
 
-_INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
-
 
 def why_not(index: int) -> str | None:
     """Return why device `index` cannot be used through Numba, or None if it can."""
@@ -59,7 +59,7 @@ def _missing_package() -> str | None:
         except ModuleNotFoundError:
             found = None
         if found is None:
-            return f"{package} is not installed; {_INSTALL}"
+            return f"{package} is not installed; {INSTALL}"
     return None
 
 
@@ -71,7 +71,7 @@ def _missing_compiler() -> str | None:
         try:
             load_nvidia_dynamic_lib(library)
         except Exception as error:
-            return f"Numba's compiler library {library} cannot be loaded ({_first_line(error)}); {_INSTALL}"
+            return f"Numba's compiler library {library} cannot be loaded ({first_line(error)}); {INSTALL}"
     if getattr(sys.modules.get("numba.cuda"), "implementation", "NVIDIA") != "NVIDIA":
         return (
             "numba.cuda is Numba's built-in target, not numba-cuda: it was imported before numba-cuda could take "
@@ -90,12 +90,8 @@ def _cannot_compile(arch: str) -> str | None:
         from importlib.metadata import version
 
         used = ", ".join(f"{package} {version(package)}" for package in _COMPILED_WITH)
-        return f"Numba cannot compile for {arch} ({_first_line(error)}) with {used}; try other releases, or CuPy"
+        return f"Numba cannot compile for {arch} ({first_line(error)}) with {used}; try other releases, or CuPy"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
@@ -120,7 +116,7 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
     with cuda_driver.primary_context(index):
         try:
             # A size of 0 has no address; one byte has.
-            memory = _pool(index).allocate(nbytes or 1, stream=_stream(stream))
+            memory = _pool(index).allocate(nbytes or 1, stream=_stream(int(stream)))
         except Exception as error:
             cuda_driver.refuse_capture(index, stream)
             if "CUDA_ERROR_OUT_OF_MEMORY" not in str(error):
@@ -168,9 +164,9 @@ def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, i
     return memory, address
 
 
-def fill(regions: Sequence[Region], index: int, stream: int) -> None:
-    """Fill regions of device memory, in stream order; see `cuda_fill.fill`."""
-    cuda_fill.fill(regions, index, stream, allocate, _launch)
+def fill(region: Region, index: int, stream: int) -> None:
+    """Fill a region of device memory, in stream order; see `cuda_fill.fill`."""
+    cuda_fill.fill(region, index, stream, _launch)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
@@ -185,7 +181,7 @@ def _launch(launch: Launch, index: int, stream: int) -> None:
     # To cuda.core an int is a signed 64-bit word, and the bits of a tile are any.
     arguments = [word if word < 1 << 63 else word - (1 << 64) for word in launch.arguments]
     with cuda_driver.primary_context(index):
-        core.launch(_stream(stream), _config(launch.grid), _kernel(launch.kernel, index), *arguments)
+        core.launch(_stream(int(stream)), _config(launch.grid), _kernel(launch.kernel, index), *arguments)
 
 
 @functools.lru_cache(maxsize=256)

@@ -145,30 +145,6 @@ def stretch(region: Region) -> tuple[int, int, int, int] | None:
     return (address, region.nbytes, *tile(address, element))
 
 
-def split(regions: Iterable[Region]) -> tuple[np.ndarray, list[Region]]:
-    """Sort regions into runs and the rest.
-
-    Returns
-    -------
-    runs : numpy.ndarray of RUN
-        The regions that are runs.
-    strided : list of Region
-        The others, normalised: neither is empty of bytes.
-    """
-    runs: list[tuple[int, ...]] = []
-    strided: list[Region] = []
-    for region in regions:
-        region = normalised(region)
-        if 0 in region.shape:
-            continue
-        run = as_run(region)
-        if run is not None:
-            runs.append(run)
-        else:
-            strided.append(region)
-    return np.array(runs, RUN), strided
-
-
 def piece(region: Region) -> int:
     """Return the widest aligned store, in bytes, that every element of a region can be cut into."""
     bits = TILE | region.address | len(region.element)

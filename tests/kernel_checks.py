@@ -228,9 +228,24 @@ def _check_together(kernels: Kernels, cases: Sequence[Sequence[Region]], index64
     return memory.stores
 
 
+def split(regions: Iterable[Region]) -> tuple[np.ndarray, list[Region]]:
+    """Sort regions into the runs of a table and the rest, normalised."""
+    rows: list[tuple[int, ...]] = []
+    strided: list[Region] = []
+    for region in map(runs.normalised, regions):
+        if 0 in region.shape:
+            continue
+        run = runs.as_run(region)
+        if run is None:
+            strided.append(region)
+        else:
+            rows.append(run)
+    return np.array(rows, runs.RUN), strided
+
+
 def _launches(regions: Sequence[Region], table: int, launches: list[runs.Launch]) -> np.ndarray:
     """Add the launches that fill some regions, and return the words of the table that they need."""
-    rows, strided = runs.split(regions)
+    rows, strided = split(regions)
     for region in strided:
         launches.extend(runs.strided_launches(region))
     if len(rows) == 1:

@@ -89,8 +89,8 @@ def test_info_is_a_table() -> None:
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"gpuconst {importlib.metadata.version('gpuconst')}, Python ")
-    for name, device in BACKENDS.items():
-        assert re.search(rf"^  {name} +{device} +\S+ +(usable|not usable: \S.*)$", done.stdout, re.MULTILINE)
+    for name, row in BACKENDS.items():
+        assert re.search(rf"^  {name} +{row.device} +\S+ +(usable|not usable: \S.*)$", done.stdout, re.MULTILINE)
     assert re.search(r"^  numpy +cpu +[\d.]+ +usable$", done.stdout, re.MULTILINE)
     assert f"numpy {importlib.metadata.version('numpy')}" in lines[-1]
 

@@ -433,7 +433,7 @@ def test_memory_is_given_back_after_its_consumers_are_done() -> None:
 
 
 @on_standin()
-def test_an_array_keeps_its_stream() -> None:
+def test_an_array_keeps_its_stream_and_nothing_else_does() -> None:
     class Stream:
         def __init__(self) -> None:
             self.handle = new_stream()
@@ -449,6 +449,8 @@ def test_an_array_keeps_its_stream() -> None:
     gc.collect()
     assert noticed() is not None
     del capsule
+    gc.collect()
+    assert noticed() is None
 
 
 @on_standin()
@@ -461,6 +463,38 @@ def test_filling_on_another_stream_waits_for_the_first() -> None:
     assert wait.startswith(f"cuStreamWaitEvent stream={second:#x}")
     assert f"stream={second:#x}" in launch
     assert array.__cuda_array_interface__["stream"] == second
+
+
+@pytest.mark.parametrize("use", ["fill_many", "plan"])
+@on_standin()
+def test_arrays_are_filled_on_the_stream_that_they_name(use: str) -> None:
+    streams = [new_stream(), new_stream()]
+    array = gpuconst.zeros(100, device="cuda")
+    parts = [Foreign(array, 40 * n, shape=(10,), stream=stream) for n, stream in enumerate(streams)]
+    before = len(calls("launch", "cuStreamWaitEvent"))
+    if use == "fill_many":
+        gpuconst.fill_many(parts, 1.0)
+    else:
+        gpuconst.plan_fill(parts, 1.0).fill()
+    first, second = (f"stream={stream:#x}" for stream in streams)
+    wait, launch, waits = calls("launch", "cuStreamWaitEvent")[before:]
+    assert wait.startswith(f"cuStreamWaitEvent {first} ")
+    assert f" {first} " in launch
+    assert waits.startswith(f"cuStreamWaitEvent {second} ")
+
+
+@on_standin()
+def test_a_stream_that_is_asked_for_waits_for_those_that_arrays_name() -> None:
+    named, asked = new_stream(), new_stream()
+    array = gpuconst.zeros(100, device="cuda")
+    parts = [Foreign(array, 40 * n, shape=(10,), stream=named) for n in range(2)]
+    plan = gpuconst.plan_fill(parts, 1.0)
+    before = len(calls(*FENCES))
+    plan.fill(stream=asked)
+    record, wait, launch = calls(*FENCES)[before:]
+    assert record.endswith(f"stream={named:#x}")
+    assert wait.startswith(f"cuStreamWaitEvent stream={asked:#x}")
+    assert f"stream={asked:#x}" in launch
 
 
 FENCES = ("cuEventRecord", "cuStreamWaitEvent", "launch", "cuMemcpyAsync", "cuStreamSynchronize")
@@ -588,7 +622,7 @@ def test_what_is_done_beside_a_capture_does_not_spoil_it() -> None:
 def test_a_plan_makes_nobody_wait_before_it_is_gone() -> None:
     first, second = new_stream(), new_stream()
     arrays = [gpuconst.zeros(n, device="cuda", stream=first) for n in (10, 20)]
-    plan = gpuconst.plan_fill([Foreign(array, shape=array.shape, stream=first) for array in arrays], 1.0)
+    plan = gpuconst.plan_fill([Foreign(array, shape=array.shape) for array in arrays], 1.0)
     before = calls("cuStreamWaitEvent")
     for _ in range(3):
         plan.fill(stream=second)
@@ -707,7 +741,7 @@ def test_the_current_context_is_left_alone(current: int | None) -> None:
             lambda: arrays[0].__dlpack__(stream=1),
             lambda: arrays[0].__dlpack__(dl_device=(1, 0)),
             lambda: arrays[0].to_numpy(),
-            lambda: Foreign(arrays[0], shape=(10,)) and gpuconst.shares_memory(arrays[0], arrays[0]),
+            lambda: gpuconst.shares_memory(Foreign(arrays[0], shape=(10,)), arrays[0]),
             lambda: select("cuda"),
             arrays.clear,
         ]
@@ -770,5 +804,5 @@ def test_a_fault_is_an_error() -> None:
     array = gpuconst.zeros(10, device="cuda")
     beyond = runs.Region(array.data_ptr() + MIB, (10,), (4,), b"abcd")
     with pytest.raises(Exception, match="CUDA_ERROR"):
-        backend.module.fill([beyond], 0, 0)
+        backend.module.fill(beyond, 0, 0)
     assert current_context() == 0

@@ -31,8 +31,9 @@ SHARED = [
     "test_a_plan_uploads_its_table_once",
     "test_a_stream_is_taken_from_anything_that_has_one",
     "test_a_consumer_waits_for_the_producer",
-    "test_an_array_keeps_its_stream",
+    "test_an_array_keeps_its_stream_and_nothing_else_does",
     "test_filling_on_another_stream_waits_for_the_first",
+    "test_a_stream_that_is_asked_for_waits_for_those_that_arrays_name",
     "test_to_numpy_copies_in_stream_order_and_waits",
     "test_a_stream_of_another_device_is_refused",
     "test_only_what_is_prepared_can_be_captured",
@@ -156,6 +157,17 @@ def test_a_cupy_array_is_filled_on_cupys_current_stream() -> None:
     expected[::-3] = 5.0
     memory = (ctypes.c_char * x.nbytes).from_address(x.data.ptr)  # a stand-in's is the host's
     np.testing.assert_array_equal(np.frombuffer(memory, np.float32), expected)
+
+
+@on_cupy
+def test_a_stream_that_is_asked_for_does_not_wait_for_cupys_current_one() -> None:
+    xs = [cupy.ndarray((n,), np.float32) for n in (10, 20)]
+    asked = new_stream()
+    with cupy.cuda.Stream(non_blocking=True):
+        gpuconst.fill(xs[0], 1.5, stream=asked)
+        gpuconst.fill_many(xs, 1.5, stream=asked)
+    assert [line.split()[4] for line in calls("launch")] == [f"stream={asked:#x}"] * 2
+    assert not calls("cuStreamWaitEvent")
 
 
 @on_cupy

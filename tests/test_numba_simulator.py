@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_checks import split
 
 from gpuconst.kernels import runs
 from gpuconst.kernels.runs import BLOCK, CHUNK, THREADS, Launch, Region
@@ -54,7 +55,7 @@ def simulate(memory: Memory, launches: Sequence[Launch], table: np.ndarray | Non
 
 def fill(memory: Memory, regions: Sequence[Region]) -> None:
     """Fill regions as a backend does."""
-    rows, strided = runs.split(regions)
+    rows, strided = split(regions)
     if len(rows) == 1:
         simulate(memory, [runs.row_launch(*rows[0].item())])
     elif len(rows):
@@ -138,7 +139,7 @@ PITCHED = [  # itemsize, stretches, bytes in a stretch, pitch
 @pytest.mark.parametrize("offset", [0, 3, 16])
 def test_pitched_run(itemsize: int, count: int, nbytes: int, pitch: int, offset: int) -> None:
     region = Region(ORIGIN + GUARD + offset, (count, nbytes // itemsize), (pitch, itemsize), element(itemsize))
-    rows, strided = runs.split([region])
+    rows, strided = split([region])
     assert (len(rows), strided) == (1, [])
     memory = Memory(count * pitch + offset + 2 * GUARD)
     fill(memory, [region])
@@ -171,7 +172,7 @@ def test_strided(kernel: str, itemsize: int, shape: tuple[int, ...], strides: tu
     offset = itemsize + 2 if itemsize == 8 else itemsize  # unaligned for one itemsize, to store in pieces
     region = Region(ORIGIN + GUARD + offset + below, shape, strides, element(itemsize))
     memory = Memory(span + 2 * GUARD + offset)
-    rows, strided = runs.split([region])
+    rows, strided = split([region])
     assert len(rows) == 0
     launches = [launch for part in strided for launch in runs.strided_launches(part)]
     simulate(memory, [launch._replace(kernel=kernel) for launch in launches])

@@ -22,6 +22,7 @@ from kernel_checks import (
     every_length,
     side_by_side,
     small_strided,
+    split,
 )
 
 from gpuconst.kernels import runs
@@ -82,7 +83,7 @@ def test_pitched_rows(kernels: Kernels, beside: list[Region]) -> None:
         for pitch in (nbytes + itemsize, nbytes + 16 * itemsize):
             shape = (3, nbytes // itemsize)
             cases.append([Region(offset, shape, (pitch, itemsize), element(itemsize))])
-    assert all(runs.split(case)[0]["count"].tolist() == [3] for case in cases)
+    assert all(split(case)[0]["count"].tolist() == [3] for case in cases)
     check(kernels, [[*case, *beside] for case in cases])
 
 
@@ -107,7 +108,7 @@ def test_first_and_last_block_of_a_tebibyte(kernels: Kernels, nbytes: int, offse
 def test_table_of_two_tebibytes(kernels: Kernels) -> None:
     first = contiguous(TIB + 3 * CHUNK, BASE, 2)
     second = contiguous(TIB, BASE + 2 * TIB, 4)
-    table = runs.table(runs.split([first, second])[0])
+    table = runs.table(split([first, second])[0])
     launch = runs.table_launch(TIB, table)
     warps = THREADS // runs.LANES
     assert launch.grid == (2 * TIB // CHUNK + 3) // warps + 1
@@ -125,7 +126,7 @@ def test_table_of_two_tebibytes(kernels: Kernels) -> None:
 def test_last_stretch_of_a_pitched_tebibyte(kernels: Kernels, pitch: int, in_a_table: bool) -> None:
     rows, nbytes = 1 << 21, 1 << 19
     region = Region(BASE, (rows, nbytes // 2), (pitch, 2), element(2))
-    found, _ = runs.split([region])
+    found, _ = split([region])
     table = runs.table(found)
     launch = runs.table_launch(TIB, table) if in_a_table else runs.row_launch(*found[0].item())
     last = Region(BASE + (rows - 1) * pitch, (nbytes // 2,), (2,), region.element)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from kernel_checks import split
 
 from gpuconst.kernels import runs
 from gpuconst.kernels.runs import RUN, TILE, Region
@@ -67,7 +68,7 @@ def store_run(memory: bytearray, run: np.void) -> None:
 def filled(region: Region) -> bytes:
     """Return the memory after what `split` says there is to do."""
     memory = poisoned(region)
-    found, strided = runs.split([region])
+    found, strided = split([region])
     for run in found:
         store_run(memory, run)
     for rest in strided:
@@ -195,7 +196,7 @@ def test_a_tile_is_in_absolute_phase(itemsize: int, phase: int) -> None:
 @pytest.mark.parametrize("itemsize", ITEMSIZES)
 def test_a_contiguous_array_is_one_run(itemsize: int) -> None:
     shape = (3, 1, 4, 5)
-    found, strided = runs.split([Region(ORIGIN, shape, runs.contiguous_strides(shape, itemsize), element_of(itemsize))])
+    found, strided = split([Region(ORIGIN, shape, runs.contiguous_strides(shape, itemsize), element_of(itemsize))])
     assert not strided
     assert len(found) == 1
     assert found["nbytes"] == 60 * itemsize
@@ -203,7 +204,7 @@ def test_a_contiguous_array_is_one_run(itemsize: int) -> None:
 
 
 def test_rows_with_gaps_are_one_run() -> None:
-    found, strided = runs.split([Region(ORIGIN, (7, 128), (1024, 4), element_of(4))])
+    found, strided = split([Region(ORIGIN, (7, 128), (1024, 4), element_of(4))])
     assert not strided
     assert found["count"] == 7
     assert found["pitch"] == 1024
@@ -220,14 +221,14 @@ def test_rows_with_gaps_are_one_run() -> None:
     ],
 )
 def test_what_no_single_run_covers_is_left_to_strided_fills(shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-    found, strided = runs.split([Region(ORIGIN, shape, strides, element_of(4))])
+    found, strided = split([Region(ORIGIN, shape, strides, element_of(4))])
     assert not len(found)
     assert [region.nbytes for region in strided] == [4 * math.prod(shape)]
 
 
 @pytest.mark.parametrize("shape", [(0,), (5, 0), (0, 5), (2**62, 0, 2**62)])
 def test_nothing_is_nothing(shape: tuple[int, ...]) -> None:
-    found, strided = runs.split([Region(0, shape, (8,) * len(shape), element_of(8))])
+    found, strided = split([Region(0, shape, (8,) * len(shape), element_of(8))])
     assert found.dtype == RUN
     assert not len(found)
     assert not strided
@@ -251,7 +252,7 @@ def test_64_dimensions_merge() -> None:
 
 def test_regions_keep_their_order() -> None:
     regions = [Region(ORIGIN + 64 * i, (16,), (4,), element_of(4)) for i in (3, 1, 2)]
-    found, _ = runs.split(regions)
+    found, _ = split(regions)
     assert found["address"].tolist() == [region.address for region in regions]
 
 
