@@ -2,89 +2,118 @@
 
 The thread is kept, and waits for more: to wake it takes 10 to 25 us, to start one 35 to 100, in which the
 first could have filled megabytes. There is one for the process, and none is left where the process forks.
+
+An interrupt may come between any two lines of the thread that it is for. So what two threads have to agree
+on is one call that may be repeated, ``setdefault`` on a dict: whoever asks first is the answer for all.
 """
 
 from __future__ import annotations
 
 import _thread
+import collections
 import contextlib
 import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ["cores", "share"]
 
 Task = Callable[[], object]
 
 
-class _Helper:
-    """A thread that runs tasks when it is told to."""
+class _Work:
+    """Tasks, of which whichever of two threads is free takes the next.
 
-    __slots__ = ("_begun", "_core", "_ended", "_error", "_tasks")
+    Attributes
+    ----------
+    left : iterator of callable
+        The tasks that nobody has begun.
+    cores : set of int
+        Those that the caller may run on.
+    core : int
+        The one that it is on, -1 where the system does not tell.
+    taken : dict
+        Who has the second thread's part, once that is settled: the helper, or the work itself, when the
+        caller has ended before the helper was awake.
+    ended : bool
+        Whether the helper has done its part.
+    over : bool
+        Whether nobody is at it any more.
+    error : BaseException or None
+        What a task raised in the helper.
+    """
+
+    __slots__ = ("_signal", "core", "cores", "ended", "error", "left", "over", "taken")
+
+    def __init__(self, tasks: Sequence[Task], cores: set[int]) -> None:
+        self.left = iter(tasks)
+        self.cores = cores
+        self.core = _current_core()()
+        self.taken: dict[str, object] = {}
+        self.ended = self.over = False
+        self.error: BaseException | None = None
+        self._signal = _thread.allocate_lock()
+        self._signal.acquire()
+
+    def help(self, helper: _Helper) -> None:
+        """Do the second thread's part, unless the caller has ended, or it is done."""
+        if self.ended or self.taken.setdefault("by", helper) is not helper:
+            return
+        try:
+            for task in self.left:
+                task()
+        except BaseException as error:
+            self.error = error
+        self.ended = True
+        self._signal.release()
+
+    def settle(self) -> None:
+        """Wait for the helper, if it has begun, and let others have it."""
+        if self.taken.setdefault("by", self) is not self and not self.ended:
+            self._signal.acquire()
+        if _desk.get("work") is self:
+            del _desk["work"]
+        self.over = True
+
+
+class _Helper:
+    """The second thread: takes part in the work that lies on the desk when it is woken."""
+
+    __slots__ = ("_asleep", "dismissed")
 
     def __init__(self) -> None:
-        self._begun, self._ended = _thread.allocate_lock(), _thread.allocate_lock()
-        self._begun.acquire()
-        self._ended.acquire()
-        self._tasks: Iterable[Task] | None = None
-        self._core = -1
-        self._error: BaseException | None = None
+        self.dismissed = False
+        self._asleep = _thread.allocate_lock()
+        self._asleep.acquire()
         # Not through `threading`: to join it at exit would be to wait for ever.
         _thread.start_new_thread(self._serve, ())
 
-    def begin(self, tasks: Iterable[Task] | None) -> None:
-        """Have the thread run tasks, or end where there are none."""
-        self._tasks = tasks
-        self._core = _current_core()()
-        self._begun.release()
-
-    def end(self) -> None:
-        """Wait for the thread, and raise what a task raised there."""
-        try:
-            self._ended.acquire()
-        except BaseException:  # an interrupt must not leave it writing into memory that is then given back
-            self._ended.acquire()
-            raise
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+    def wake(self) -> None:
+        if self._asleep.locked():
+            self._asleep.release()
 
     def _serve(self) -> None:
-        allowed, avoided = _affinity(), -1
-        while True:
-            self._begun.acquire()
-            tasks, self._tasks = self._tasks, None
-            if tasks is None:
-                return
-            if self._core != avoided:
-                avoided = self._core
+        avoided: tuple[set[int], int] = set(), -1
+        while not self.dismissed:
+            self._asleep.acquire()
+            work = _desk.get("work")
+            if work is None:
+                continue
+            if (work.cores, work.core) != avoided:
+                avoided = work.cores, work.core
                 # A virtual machine may wake it on the very core that its caller is busy on, though another is idle:
                 # Linux takes that for one that the host has taken away. The two would take turns, and gain nothing.
-                with contextlib.suppress(OSError):  # no other core is left
-                    os.sched_setaffinity(0, allowed - {avoided})
-            try:
-                for task in tasks:
-                    task()
-            except BaseException as error:
-                self._error = error
-            del tasks
-            self._ended.release()
+                with contextlib.suppress(AttributeError, OSError):
+                    os.sched_setaffinity(0, work.cores - {work.core})
+            work.help(self)
+            del work
 
 
-@functools.cache
-def _current_core() -> Callable[[], int]:
-    """Return what tells the core that the caller is on; it says -1 where the system does not."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(AttributeError):
-            found: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
-            return found
-    return lambda: -1
-
-
-#: The helper, or None before it is first needed; nothing while a call has it. `pop` and `append` are atomic.
-_spare: list[_Helper | None] = [None]
+#: The work that the helper is for, none or one.
+_desk: dict[str, _Work] = {}
+_helper: _Helper | None = None
 
 
 def share(tasks: Sequence[Task]) -> None:
@@ -100,67 +129,72 @@ def share(tasks: Sequence[Task]) -> None:
     Raises
     ------
     BaseException
-        What a task raised, once both threads have ended; tasks that had not begun may then be left out.
+        What a task raised, or an interrupt, once both threads have ended; tasks that had not begun are then
+        left out.
     """
-    left = iter(tasks)
-    helper = _take() if len(tasks) > 1 else None
-    if helper is None:
-        for task in left:
+    allowed = cores() if len(tasks) > 1 else set()
+    if len(allowed) < 2 or sys.is_finalizing():
+        for task in tasks:
             task()
         return
-    try:
-        helper.begin(left)
+    work = _Work(tasks, allowed)
+    failed: BaseException | None = None
+    while not work.over:
         try:
-            for task in left:
-                task()
-        finally:
-            helper.end()
-    finally:
-        _spare.append(helper)
+            if failed is None:
+                _offer(work)
+                for task in work.left:
+                    task()
+            collections.deque(work.left, maxlen=0)
+            work.settle()
+        except BaseException as error:
+            failed = error
+    failed = work.error or failed
+    if failed is not None:
+        raise failed
 
 
-def _take() -> _Helper | None:
-    if cores() < 2 or sys.is_finalizing():
-        return None
-    try:
-        helper = _spare.pop()
-    except IndexError:
-        return None
-    if helper is None:
-        try:
-            helper = _Helper()
-        except RuntimeError:  # the system has no thread left, or the interpreter is ending
-            _spare.append(None)
-    return helper
+def _offer(work: _Work) -> None:
+    """Have the helper take part in some work, if it has no other."""
+    global _helper
+    if _desk.setdefault("work", work) is work:
+        if _helper is None:
+            with contextlib.suppress(RuntimeError):  # the system has no thread left, or the interpreter is ending
+                _helper = _Helper()
+        if _helper is not None:
+            _helper.wake()
 
 
-@functools.cache
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(_affinity())
-
-
-def _affinity() -> set[int]:
-    """Return the cores that this thread may run on."""
+def cores() -> set[int]:
+    """Return the cores that the calling thread may run on."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
+@functools.cache
+def _current_core() -> Callable[[], int]:
+    """Return what tells the core that the caller is on; it says -1 where the system does not."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(AttributeError):
+            found: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
+            return found
+    return lambda: -1
+
+
 def _dismiss() -> None:
     """Let the helper end: a child has no threads but the one that forked, and Python warns of others."""
-    try:
-        helper = _spare.pop()
-    except IndexError:
-        return
-    if helper is not None:
-        helper.begin(None)
-    _spare.append(None)
+    global _helper
+    if _helper is not None and not _desk:
+        _helper.dismissed = True
+        _helper.wake()
+        _helper = None
 
 
 def _begin_anew() -> None:
-    _spare[:] = [None]
-    cores.cache_clear()
+    global _helper
+    _desk.clear()
+    _helper = None
 
 
 if hasattr(os, "register_at_fork"):

@@ -14,7 +14,9 @@ import pytest
 import gpuconst
 from gpuconst.kernels import host_fill, host_threads
 
-needs_two_cores = pytest.mark.skipif(host_threads.cores() < 2, reason="one core: everything runs on the calling thread")
+needs_two_cores = pytest.mark.skipif(
+    len(host_threads.cores()) < 2, reason="one core: everything runs on the calling thread"
+)
 
 
 def test_each_task_runs_once() -> None:
@@ -29,9 +31,35 @@ def test_two_threads_take_part() -> None:
     host_threads.share([together.wait, together.wait])  # neither ends before the other has begun
 
 
+needs_affinity = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="the system has no affinity of threads to cores"
+)
+
+
 @needs_two_cores
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity of threads to cores")
+@needs_affinity
 def test_the_second_thread_keeps_off_the_core_of_the_first(run_python: Callable[..., Any]) -> None:
+    run_python(
+        """
+        import os, threading
+        from gpuconst.kernels import host_threads
+
+        together = threading.Barrier(2, timeout=30)
+        found = {}
+
+        def task():
+            together.wait()
+            found[threading.current_thread() is threading.main_thread()] = os.sched_getaffinity(0)
+
+        host_threads.share([task, task])
+        assert found[False] < found[True] and len(found[True] - found[False]) == 1, found
+        """
+    )
+
+
+@needs_two_cores
+@needs_affinity
+def test_no_core_is_used_that_was_taken_away(run_python: Callable[..., Any]) -> None:
     run_python(
         """
         import os, threading
@@ -39,24 +67,20 @@ def test_the_second_thread_keeps_off_the_core_of_the_first(run_python: Callable[
 
         allowed = os.sched_getaffinity(0)
         together = threading.Barrier(2, timeout=30)
-        elsewhere = []
-
-        def task():
-            together.wait()
-            if threading.current_thread() is not threading.main_thread():
-                elsewhere.append(os.sched_getaffinity(0))
-
-        host_threads.share([task, task])
-        for core in allowed:
-            os.sched_setaffinity(0, {core})
-            host_threads.share([task, task])
-        assert elsewhere[1:] == [allowed - {core} for core in allowed]
+        host_threads.share([together.wait, together.wait])
+        for kept in ({core} for core in allowed):
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), kept)
+            threads = set()
+            host_threads.share([lambda: threads.add(threading.get_ident())] * 1000)
+            assert threads == {threading.get_ident()}
+            assert all(os.sched_getaffinity(int(thread)) == kept for thread in os.listdir("/proc/self/task"))
         """
     )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity of threads to cores")
+@needs_affinity
 def test_a_child_on_one_core_has_no_second_thread(run_python: Callable[..., Any]) -> None:
     run_python(
         """
@@ -158,6 +182,60 @@ def test_an_interrupt_waits_for_the_second_thread(run_python: Callable[..., Any]
     )
 
 
+#: Shares work, interrupted where Python would see a signal for the n-th time: once a call has returned, when a
+#: function begins, and when a loop goes back.
+INTERRUPTED = """
+    import dis, sys, threading, time
+    from gpuconst.kernels import host_threads
+
+    CHECKED = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "CALL_KW", "RESUME", "JUMP_BACKWARD")
+               if name in dis.opmap}
+    running, last = set(), {}
+
+    def task():
+        running.add(threading.get_ident())
+        time.sleep(1e-3)
+        running.discard(threading.get_ident())
+
+    def interrupt(frame, event, argument):
+        global left
+        if frame.f_code.co_filename != host_threads.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            before = last.get(frame)
+            last[frame] = frame.f_code.co_code[frame.f_lasti]
+            if before in CHECKED:
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+        return interrupt
+
+    host_threads.share([task, task])
+    for n in range(1, 10_000):
+        left = n
+        last.clear()
+        sys.settrace(interrupt)
+        try:
+            host_threads.share([task] * 4)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+            assert not running, f"a task was running after interrupt {n}"
+        together = threading.Barrier(2, timeout=30)
+        host_threads.share([together.wait, together.wait])  # the second thread goes on serving
+        if left > 0:
+            break
+    print(n)
+"""
+
+
+@needs_two_cores
+def test_an_interrupt_at_any_place_waits_for_the_second_thread(run_python: Callable[..., Any]) -> None:
+    assert int(run_python(INTERRUPTED)) > 20
+
+
 @needs_two_cores
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not tell a process' threads")
 def test_no_thread_is_left_where_the_process_forks(run_python: Callable[..., Any]) -> None:
@@ -217,7 +295,7 @@ def test_a_child_forked_meanwhile_has_a_second_thread_of_its_own(run_python: Cal
             if not child:
                 try:
                     together = threading.Barrier(2, timeout=30)
-                    host_threads.share([together.wait, together.wait] if host_threads.cores() > 1 else [int, int])
+                    host_threads.share([together.wait, together.wait] if len(host_threads.cores()) > 1 else [int, int])
                 except BaseException:
                     os._exit(1)
                 os._exit(0)
