@@ -15,7 +15,6 @@ from .host_fill import (
     ORIGIN,
     PIECE,
     SMALLEST_SHARED,
-    TWO_THREADS,
     UNSIGNED,
     assign,
     fill_stretch,
@@ -28,6 +27,8 @@ from .runs import TILE, Region
 #: Runs of one length, of up to this many bytes, are scattered together from so many on; setting it up costs as
 #: much as so many fills.
 LONGEST_SCATTERED, FEWEST_SCATTERED = 16 << 10, 4
+#: From so many bytes on, two threads scatter: NumPy lets go of the interpreter for a part of the time only.
+SCATTERED_BY_TWO = 8 << 20
 
 
 def why_not(index: int) -> str | None:
@@ -86,7 +87,7 @@ def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int
     """
     memory, address, zeroed = reserve(nbytes)
     if not zeroed or any(element):
-        fill_stretch(address, nbytes, element, zeroed)
+        fill_stretch(address, nbytes, element)
     return memory, address
 
 
@@ -134,7 +135,7 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
 
     in_turn: list[Callable[[], None]] = [scatter.store for scatter in scatters]
     shared = [_filler(region) for region in regions if region.nbytes >= SMALLEST_SHARED]
-    if sum(scatter.nbytes for scatter in scatters) >= TWO_THREADS:
+    if sum(scatter.nbytes for scatter in scatters) >= SCATTERED_BY_TWO:
         in_turn, shared = [], [*in_turn, *shared]
     in_turn += [_filler(region) for region in regions if region.nbytes < SMALLEST_SHARED]
 

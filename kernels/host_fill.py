@@ -26,7 +26,6 @@ __all__ = [
     "ORIGIN",
     "PIECE",
     "SMALLEST_SHARED",
-    "TWO_THREADS",
     "UNSIGNED",
     "assign",
     "fill_stretch",
@@ -37,15 +36,12 @@ __all__ = [
 BY_WORDS = 32 << 10
 #: From this many bytes on, a NumPy array is filled by its address, which NumPy takes a microsecond to tell.
 BY_ADDRESS = 256 << 10
-#: From this many bytes on, two threads fill: below, to wake the second takes as long as it spares.
-TWO_THREADS = 8 << 20
-#: The same for memory that nobody has touched: it takes ten times as long.
-TWO_THREADS_UNTOUCHED = 4 << 20
 #: From this many bytes on, more than caches hold, processors clear memory without reading it first.
 BY_CLEARING = 64 << 20
 #: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
 SMALLEST_SHARED = 1 << 20
-#: What a thread takes at a time, a huge page: one that gets no core, or late, leaves more to the other.
+#: What a thread takes at a time, a huge page, where two fill: one that gets no core, or late, leaves more to the
+#: other. What is no longer than that, one has filled before the second is awake.
 PIECE = 2 << 20
 ROW = 16 << 10
 
@@ -66,7 +62,7 @@ MEMORY: Any = (ctypes.c_char * (sys.maxsize - ORIGIN)).from_address(ORIGIN)
 _BYTES_OF_MEMORY = memoryview(MEMORY).cast("B")
 
 
-def fill_stretch(address: int, nbytes: int, element: bytes, untouched: bool = False) -> None:
+def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
     """Fill one stretch of host memory.
 
     Parameters
@@ -77,13 +73,11 @@ def fill_stretch(address: int, nbytes: int, element: bytes, untouched: bool = Fa
         A multiple of the element's length.
     element : bytes
         The element.
-    untouched : bool
-        Whether its pages are known to be new.
     """
     if nbytes < BY_WORDS:
         start = address - ORIGIN
         _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
-    elif nbytes < (TWO_THREADS_UNTOUCHED if untouched else TWO_THREADS):
+    elif nbytes <= PIECE:
         _store(address, nbytes, element)
     elif nbytes >= BY_CLEARING and not any(element):
         half = nbytes // 2  # the longer a piece, the better: by 2 MiB it would take twice as long

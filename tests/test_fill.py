@@ -353,7 +353,7 @@ def test_which_elements_are_made_of_one_word(element: bytes, word: int | None) -
 @pytest.mark.usefixtures("words")
 @pytest.mark.parametrize("more", [0, 16, host_fill.ROW, 3 * host_fill.ROW + 5 * 16])
 def test_very_large_arrays_are_filled_by_two_threads(more: int) -> None:
-    memory, target = guarded(((host_fill.TWO_THREADS + more) // 16,), "complex128", 3)
+    memory, target = guarded(((4 * host_fill.PIECE + more) // 16,), "complex128", 3)
     gpuconst.fill(target, value_of("complex128"))
     element = np.frombuffer(element_of("complex128").tobytes(), np.uint8)
     inside = memory[GUARD + 3 : -GUARD].reshape(-1, 16)

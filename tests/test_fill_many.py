@@ -97,7 +97,7 @@ def test_many_of_every_length(dtype: str, offset: int) -> None:
 
 
 def test_large_and_small_ones_at_once() -> None:
-    sizes = [1, host.LONGEST_SCATTERED + 1, host_fill.BY_WORDS, host_fill.BY_ADDRESS + 3, host_fill.TWO_THREADS + 17]
+    sizes = [1, host.LONGEST_SCATTERED + 1, host_fill.BY_WORDS, host_fill.BY_ADDRESS + 3, host_fill.PIECE + 17]
     arrays = [np.zeros(size + 2, np.uint8) for size in sizes]
     gpuconst.fill_many([x[1:-1] for x in arrays], [k + 1 for k in range(len(sizes))])
     for k, x in enumerate(arrays):

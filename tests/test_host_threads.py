@@ -273,7 +273,7 @@ def test_no_thread_is_left_where_the_process_forks(run_python: Callable[..., Any
 
 @pytest.mark.parametrize("more", [0, 1, 12345])
 def test_every_byte_is_filled(more: int) -> None:
-    size = host_fill.TWO_THREADS // 4 + more
+    size = host_fill.PIECE // 4 + more
     values = np.zeros(size + 8, np.float32)
     gpuconst.fill(values[4:-4], 1.1)
     assert (values[4:-4] == np.float32(1.1)).all()
@@ -314,7 +314,7 @@ def test_when_the_interpreter_ends(run_python: Callable[..., Any]) -> None:
         import atexit, gpuconst
         import numpy as np
 
-        x = np.zeros({host_fill.TWO_THREADS // 4 + 1}, np.float32)
+        x = np.zeros({host_fill.PIECE // 4 + 1}, np.float32)
         atexit.register(lambda: print(int(gpuconst.fill(x, 2.0).sum()) == 2 * x.size))
         """
     )
