@@ -116,6 +116,9 @@ class Array:
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{self!r} cannot be copied or pickled; pickle to_numpy(), or fill anew")
 
+    def __bool__(self) -> NoReturn:
+        raise TypeError("an Array has no truth value; ask for its size, or to_numpy()")
+
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("a 0-d array has no len()")

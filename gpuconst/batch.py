@@ -11,6 +11,7 @@ import numpy as np
 
 from .array import Array
 from .dtypes import DType, resolve_dtype
+from .errors import about
 from .kernels.runs import RUN, TILE, Region, as_run, normalised
 from .torch_rules import Columns, check_writable, columns, has_memory, is_tensor, tensor_positions
 from .values import encode, encode_each
@@ -84,10 +85,12 @@ def each_with_value(xs: Iterable[Any], fill_values: Any) -> tuple[list[Any], lis
 
 def _several(xs: Any) -> list[Any]:
     way_out = None
-    if hasattr(xs, "parameters"):  # a module of torch, some of which are lists of modules
+    if hasattr(type(xs), "parameters"):  # a module of torch, some of which are lists of modules
         way_out = "pass its parameters() or buffers()"
     elif isinstance(xs, Mapping):
         way_out = "pass its values()"
+    elif isinstance(xs, np.ndarray) and xs.dtype == object:
+        way_out = "pass its tolist()"
     elif hasattr(xs, "__dlpack__") or isinstance(xs, bytearray | memoryview) or not isinstance(xs, Iterable):
         way_out = "for one array use gpuconst.fill"
     if way_out is not None:
@@ -214,7 +217,7 @@ def tiles(values: Sequence[Any], dtypes: Sequence[DType], named: Callable[[int],
             try:
                 encode(value, dtype)
             except (TypeError, ValueError, OverflowError) as error:
-                raise type(error)(f"{named(index)}: {error}") from None
+                raise about(error, named(index)) from None
         raise
     return words
 
@@ -269,7 +272,7 @@ def _other_parts(
             view = writable_view(x)
             element = encode(fill_value if values is None else values[position], view.dtype)
         except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
-            raise type(error)(f"xs[{position}]: {error}") from error
+            raise about(error, f"xs[{position}]") from error
         region = normalised(Region(view.address, view.shape, view.strides, element))
         if 0 not in region.shape:
             found.setdefault(view.device, []).append((position, view, region))

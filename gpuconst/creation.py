@@ -16,7 +16,7 @@ from .array import Array
 from .backends import Place, select
 from .batch import tiles
 from .dtypes import DType, resolve_dtype
-from .errors import brief
+from .errors import about, brief
 from .kernels.host_fill import fill_stretch
 from .kernels.host_memory import ALIGNMENT
 from .kernels.runs import RUN
@@ -218,12 +218,17 @@ def _filled_in_turn(
     measured = _each(names, check_shape, shapes, [row.itemsize for row in rows])
     elements = _each(names, encode, values, rows)
     offsets = [0, *accumulate(nbytes + -nbytes % ALIGNMENT for _, nbytes in measured)]
-    check_shape(offsets[-1], 1)
+    _check_total(offsets[-1])
     memory, address = place.module.allocate(offsets[-1], place.ordinal, 0)
     addresses = [address + offset for offset in offsets[:-1]]
     for start, (_, nbytes), element in zip(addresses, measured, elements, strict=True):
         fill_stretch(start, nbytes, element)
     return _Filled(memory, addresses, [dims for dims, _ in measured], sum(nbytes for _, nbytes in measured))
+
+
+def _check_total(nbytes: int) -> None:
+    if nbytes >= 2**63:
+        raise OverflowError(f"the arrays take {nbytes} bytes together, more than 2**63 - 1; make them in parts")
 
 
 def _filled_at_once(
@@ -234,7 +239,7 @@ def _filled_at_once(
     words = tiles(values, rows, lambda index: repr(names[index]))
     padded = nbytes + -nbytes % np.uint64(ALIGNMENT)
     total = sum(padded.tolist())
-    check_shape(total, 1)
+    _check_total(total)
     memory, address = place.module.allocate(total, place.ordinal, handle)
 
     offsets = np.cumsum(padded) - padded
@@ -305,5 +310,5 @@ def _each(names: Iterable[str], function: Callable[..., T], *columns: Sequence[A
             try:
                 function(*arguments)
             except (TypeError, ValueError, OverflowError) as error:
-                raise type(error)(f"{name!r}: {error}") from None
+                raise about(error, repr(name)) from None
         raise

@@ -121,14 +121,16 @@ def resolve_dtype(dtype: Any) -> DType:
 
 
 def _resolve_foreign(dtype: Any) -> DType:
-    torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
+    # There is none where another thread is still importing the framework.
+    torch_dtype: Any = getattr(sys.modules.get("torch"), "dtype", ())
+    tensorflow_dtype: Any = getattr(sys.modules.get("tensorflow"), "DType", ())
     found: Any = dtype
-    if torch is not None and isinstance(dtype, torch.dtype):
+    if isinstance(dtype, torch_dtype):
         found = str(dtype).removeprefix("torch.")
         if found in DTYPES:
             _ALIASES[dtype] = DTYPES[found]  # a fill asks for it each time; TensorFlow's own equal numbers
             return DTYPES[found]
-    elif tensorflow is not None and isinstance(dtype, tensorflow.DType):
+    elif isinstance(dtype, tensorflow_dtype):
         found = dtype.name
     elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
         found = dtype.dtype  # jax.numpy.float32 and its like

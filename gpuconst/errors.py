@@ -3,7 +3,7 @@
 import reprlib
 from typing import Any
 
-__all__ = ["CopyNeededError", "DeviceUnavailableError", "OutOfMemoryError", "brief", "first_line"]
+__all__ = ["CopyNeededError", "DeviceUnavailableError", "OutOfMemoryError", "about", "brief", "first_line"]
 
 _brief = reprlib.Repr()
 _brief.maxother = _brief.maxstring = _brief.maxlong = 120
@@ -18,6 +18,30 @@ def brief(value: Any) -> str:
         Of any kind and size.
     """
     return _brief.repr(value)
+
+
+def about(error: Exception, what: str, way_out: str = "") -> Exception:
+    """Return an error that says what it is about.
+
+    Parameters
+    ----------
+    error : Exception
+        Of any kind.
+    what : str
+        Put before its message.
+    way_out : str
+        Put behind it.
+
+    Returns
+    -------
+    Exception
+        Of the same type; the error itself, with a note, where that type takes more than a message.
+    """
+    try:
+        return type(error)(f"{what}: {error}{way_out}")
+    except Exception:
+        error.add_note(f"{what}{way_out}")
+        return error
 
 
 def first_line(error: Exception) -> str:

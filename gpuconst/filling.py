@@ -74,8 +74,9 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     OverflowError
         If the value does not fit the dtype of `x`.
     RuntimeError
-        If autograd is recording and `x` requires grad, as `torch.Tensor.fill_` does; or a framework
-        captures a CUDA graph and the fill would go to another stream, and be missing from it.
+        If autograd is recording and `x` requires grad (`torch.Tensor.fill_` refuses leaves alone, and
+        records the fill of others); or a framework captures a CUDA graph and the fill would go to another
+        stream, and be missing from it.
     DeviceUnavailableError
         If no backend can reach the memory of `x`.
     """
@@ -309,7 +310,7 @@ class FillPlan:
         Returns
         -------
         list of int
-            Empty as long as the plan may be used.
+            Empty as long as the plan may be used. Of an array that has become read-only it says nothing.
         """
         moved: list[int] = np.flatnonzero((extents(self._arrays) != self._extents).any(axis=0)).tolist()
         return moved

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from .dlpack import CPU
 from .dtypes import DType
+from .torch_rules import has_memory
 
 __all__ = ["to_cupy", "to_jax", "to_tensorflow", "to_torch"]
 
@@ -44,6 +45,10 @@ def to_torch(array: Exporter, dtype: DType) -> Any:
     else:
         # A capsule spares torch what it would ask of a CPU array in Python: half of the time.
         tensor = torch.from_dlpack(array.__dlpack__() if on_cpu else array)
+    if not has_memory(tensor):
+        raise BufferError(
+            "torch makes fake tensors here, which have no memory; hand the array over before, or use torch.full"
+        )
     _check_shared(array, tensor.data_ptr(), "torch")
     return tensor
 
@@ -67,8 +72,8 @@ def to_tensorflow(array: Exporter, dtype: DType) -> Any:
     tensorflow = _import("tensorflow", "tensorflow")
     if dtype.name.startswith("float8"):
         raise TypeError(
-            f"TensorFlow does not import {dtype.name} through DLPack; "
-            "fill with 'bfloat16' and cast there, or use to_jax()"
+            f"TensorFlow does not import {dtype.name} through DLPack; use to_jax(), or copy it, if TensorFlow has the "
+            "dtype: tensorflow.constant(x.to_numpy())"
         )
     return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
 

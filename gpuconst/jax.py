@@ -12,7 +12,7 @@ import numpy as np
 from .creation import full
 from .dtypes import DType, resolve_dtype
 from .errors import brief
-from .values import encode, is_number
+from .values import encode, is_array, is_number
 
 try:
     import jax
@@ -75,8 +75,7 @@ class constant:
     def __init__(self, value: Any, dtype: Any = None) -> None:
         if isinstance(value, np.generic | np.ndarray) and is_number(value):
             value = value.item()  # the dtype of a value does not count
-        is_array = hasattr(value, "shape") and not isinstance(value, np.generic)
-        if not (is_array or _is_scalar(value)):
+        if not (_is_scalar(value) or is_array(value)):
             raise TypeError(f"constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         self.value = value
         self.dtype = None if dtype is None else jax.numpy.dtype(dtype)
@@ -116,7 +115,7 @@ class constant:
         return jax.nn.initializers.constant(self.value)(key, shape, asked, **shard)
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, constant) or self.dtype != other.dtype:
+        if type(self) is not type(other) or self.dtype != other.dtype:
             return False
         if self.value is other.value:
             return True
@@ -131,7 +130,7 @@ class constant:
         return hash((repr(self.value) if _is_scalar(self.value) else None, self.dtype))
 
     def __reduce__(self) -> Any:
-        return constant, (self.value, self.dtype)
+        return type(self), (self.value, self.dtype)
 
     def __repr__(self) -> str:
         return f"gpuconst.jax.constant({self.value!r}{'' if self.dtype is None else f', dtype={self.dtype.name!r}'})"

@@ -17,7 +17,7 @@ from .dtypes import resolve_dtype
 from .errors import DeviceUnavailableError, brief
 from .filling import fill
 from .torch_rules import has_memory
-from .values import check_shape, encode, is_number
+from .values import check_shape, encode, is_array, is_number
 
 try:
     import keras
@@ -70,9 +70,8 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
     """
 
     def __init__(self, value: Any = 0.0) -> None:
-        is_array = hasattr(value, "shape") and not isinstance(value, np.generic)
-        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        if not (is_array or is_list or is_number(value)):
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+        if not (is_sequence or is_array(value) or is_number(value)):
             raise TypeError(f"Constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         super().__init__(value)
 
@@ -94,6 +93,10 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
             # Keras cannot save a complex number; in this form its own Constant refuses to load it,
             # instead of taking it for a vector of two.
             return {"value": {"complex": [float(self.value.real), float(self.value.imag)]}}
+        if isinstance(self.value, np.generic):
+            return {"value": self.value.item()}
+        if isinstance(self.value, Sequence):
+            return {"value": list(self.value)}  # of JSON's sequences there is one kind
         config: dict[str, Any] = super().get_config()
         return config
 
@@ -112,7 +115,9 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
             return False
         if self.value is other.value:
             return True
-        if any(keras.ops.is_tensor(value) and not isinstance(value, np.ndarray) for value in (self.value, other.value)):
+        if any(
+            keras.ops.is_tensor(x) and not isinstance(x, np.ndarray | np.generic) for x in (self.value, other.value)
+        ):
             return False  # they may be traced, with nothing in them yet to compare
         # The text tells 0.0 from -0.0 and 1 from True, and a nan equals itself.
         return repr(self.get_config()) == repr(other.get_config())
@@ -183,9 +188,12 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
 
 
 def _dynamo_compiles() -> bool:
-    """Whether torch.compile reads this code instead of running it: the value policy is not for its eyes."""
-    torch = sys.modules.get("torch")
-    return torch is not None and bool(torch.compiler.is_dynamo_compiling())
+    """Whether torch.compile reads this code instead of running it: the value policy is not for its eyes.
+
+    It reads what is in this file, and runs the rest of gpuconst, `torch_rules.compiling` too.
+    """
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)
+    return compiler is not None and bool(compiler.is_dynamo_compiling())
 
 
 def _read_shape(shape: Any) -> tuple[int, ...] | None:

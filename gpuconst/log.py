@@ -19,6 +19,6 @@ def debug(message: str, *arguments: object) -> None:
     *arguments
         What goes there.
     """
-    logging = sys.modules.get("logging")
-    if logging is not None:
-        logging.getLogger("gpuconst").debug(message, *arguments, stacklevel=2)
+    get_logger = getattr(sys.modules.get("logging"), "getLogger", None)
+    if get_logger is not None:
+        get_logger("gpuconst").debug(message, *arguments, stacklevel=2)

@@ -114,10 +114,10 @@ def check_captured(handle: int, place: Place) -> None:
     RuntimeError
         If the current stream of torch or CuPy is another one, and is being captured.
     """
-    torch = sys.modules.get("torch")
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # of a torch that is being imported there is none
     current, name = handle, ""
-    if torch is not None and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        current, name = torch.cuda.current_stream(place.ordinal).cuda_stream, "torch.cuda.current_stream()"
+    if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
+        current, name = cuda.current_stream(place.ordinal).cuda_stream, "torch.cuda.current_stream()"
     elif place.backend == "cupy":  # CuPy can be there and not work, when the backend is another
         theirs = sys.modules["cupy"].cuda.get_current_stream(place.ordinal).ptr
         if theirs and theirs != handle and cuda_driver.is_capturing(place.ordinal, theirs):
@@ -145,8 +145,8 @@ def current_stream(kind: type, ordinal: int) -> int | None:
         None where they are of no framework that has a current stream.
     """
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and issubclass(kind, torch.Tensor):
+    if torch is not None and issubclass(kind, getattr(torch, "Tensor", ())):
         return int(torch.cuda.current_stream(ordinal).cuda_stream) if torch.cuda.is_initialized() else None
-    if cupy is not None and issubclass(kind, cupy.ndarray):
+    if cupy is not None and issubclass(kind, getattr(cupy, "ndarray", ())):
         return int(cupy.cuda.get_current_stream(ordinal).ptr)
     return None

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from .batch import writable_view
 from .dtypes import DType, resolve_dtype
-from .errors import DeviceUnavailableError
+from .errors import DeviceUnavailableError, about, first_line
 from .filling import fill, fill_many
 from .rules import Rules
 from .torch_rules import has_memory, is_dtensor, keeps_data_elsewhere, local_part
@@ -104,13 +104,17 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         homes = _Homes(device)
         for tensor in tensors:
             tensor.check(homes.given)
-        originals = [weight.originals(homes) for weight in weights if weight.rule is not None]
+        ruled = [weight for weight in weights if weight.rule is not None]
+        originals = [weight.originals(homes) for weight in ruled if not callable(weight.value)]
 
         unfilled = _make([tensor for tensor in tensors if not tensor.has_memory], homes)
         unfilled += [tensor for tensor in tensors if tensor.has_memory and tensor.element is not None]
         for tensor in tensors:
             if tensor.rule is not None and callable(tensor.value):
                 _initialise(tensor.value, tensor.made, tensor.said)
+            for weight in ruled:
+                if weight.tensors[0] is tensor and callable(weight.value):
+                    originals.append(weight.originals(homes))
         if unfilled:
             fill_many([tensor.made for tensor in unfilled], [tensor.element for tensor in unfilled])
         for tensor, values in itertools.chain.from_iterable(originals):
@@ -134,7 +138,7 @@ class _Homes:
     """The devices on which tensors get memory, each looked up once."""
 
     def __init__(self, device: Any) -> None:
-        self.given = None if device is None else _resolved(torch.device(device))
+        self.given = None if device is None else _resolved(device)
         self._default: dict[str | None, torch.device] = {}
 
     def of(self, tensor: torch.Tensor) -> torch.device:
@@ -142,7 +146,7 @@ class _Homes:
             return self.given
         mesh: str | None = tensor.device_mesh.device_type if is_dtensor(tensor) else None  # type: ignore[attr-defined]
         if mesh not in self._default:
-            self._default[mesh] = _resolved(torch.get_default_device() if mesh is None else torch.device(mesh))
+            self._default[mesh] = _resolved(torch.get_default_device() if mesh is None else mesh)
         return self._default[mesh]
 
 
@@ -217,13 +221,15 @@ class _Weight(_Named):
         names = ", ".join(repr(tensor.names[0]) for tensor in self.tensors)
         first = self.tensors[0]
         where = first.tensor.device if first.has_memory else homes.of(first.tensor)
-        with _Said(self, f"; set {names} by rules of their own"):
+        said = _Said(self, f"; set {names} by rules of their own")
+        with said:
             if any(is_dtensor(tensor.tensor) for tensor in self.tensors):
                 raise ValueError("a sharded weight is not set through its originals")
             weight = torch.empty_like(self.computed.outline(), device=where)
-            if callable(self.value):
-                _initialise(self.value, weight, self.said)
-            else:
+        if callable(self.value):
+            _initialise(self.value, weight, self.said)
+        with said:
+            if not callable(self.value):
                 fill(weight, self.value)
             return list(zip(self.tensors, self.computed.originals_of(weight), strict=True))
 
@@ -239,7 +245,7 @@ class _Said:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TypeError | ValueError | OverflowError | RuntimeError):
-            raise type(error)(f"{self._named.said}: {error}{self._way_out}") from error
+            raise about(error, self._named.said, self._way_out) from error
 
 
 def _survey(parts: Sequence[tuple[str, torch.nn.Module]]) -> tuple[list[_Tensor], list[_Weight]]:
@@ -351,12 +357,12 @@ def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, s
             raise TypeError(f"{said}: the function returned a new tensor, expected one that writes: t.copy_(…)")
 
 
-def _resolved(device: torch.device) -> torch.device:
+def _resolved(device: Any) -> torch.device:
     """Return a device with its index; one that has memory."""
     try:
-        probe = torch.empty(0, device=device)
+        probe = torch.empty(0, device=torch.device(device))
     except (AssertionError, RuntimeError) as error:  # of a build without CUDA; of a device that is not there
-        reason = str(error).partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         raise DeviceUnavailableError(f"torch cannot use device {str(device)!r}: {reason}") from error
     if not has_memory(probe):
         raise ValueError(f"torch makes tensors without memory on {str(device)!r} here; pass device='cpu' or 'cuda'")

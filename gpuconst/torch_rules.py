@@ -38,14 +38,13 @@ __all__ = [
 
 def is_tensor(x: Any) -> bool:
     """Whether an object is a torch tensor, asked without importing torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+    return isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))  # none while another thread imports torch
 
 
 def compiling() -> bool:
     """Whether torch.compile reads the caller's code instead of running it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.compiler.is_dynamo_compiling()
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)
+    return compiler is not None and compiler.is_dynamo_compiling()
 
 
 def check_eager() -> None:
@@ -68,7 +67,7 @@ def tensor_positions(arrays: Sequence[Any]) -> Sequence[int]:
     if torch is None:
         return []
     every = set(map(type, arrays))
-    kinds = {kind for kind in every if issubclass(kind, torch.Tensor)}
+    kinds = {kind for kind in every if issubclass(kind, getattr(torch, "Tensor", ()))}
     if kinds == every:
         return range(len(arrays))
     return [index for index, kind in enumerate(map(type, arrays)) if kind in kinds]
@@ -134,6 +133,8 @@ def check_writable(tensor: Any) -> None:
     """
     torch = sys.modules["torch"]
 
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ValueError("the parameter has no shape yet; call its module once, then fill it")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "the tensor requires grad and autograd is recording: an in-place fill would give it a wrong gradient; "
@@ -144,6 +145,8 @@ def check_writable(tensor: Any) -> None:
         raise RuntimeError("the tensor was made in inference mode; fill it there, or fill a clone()")
     if tensor.layout is not torch.strided:
         way_out = "use its to_dense()" if tensor.is_mkldnn else "fill its values()"
+        if tensor.layout is torch.sparse_coo and not tensor.is_coalesced():
+            way_out = "make it x = x.coalesce(), and fill its values()"
         raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; {way_out}")
     if type(tensor) not in _plain_types() and keeps_data_elsewhere(tensor):
         raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; fill those")
@@ -153,7 +156,7 @@ def check_writable(tensor: Any) -> None:
     if in_forward_mode and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError("the tensor has a forward-mode tangent, which a raw write would not zero; use x.fill_()")
     if tensor.is_neg() or tensor.is_conj():
-        raise ValueError("the tensor is a lazy negative or conjugate view; fill x.resolve_neg().resolve_conj()")
+        raise ValueError("the tensor is a lazy negative or conjugate view; use x.fill_(), or fill what it is a view of")
 
 
 def stretch(tensor: Any) -> tuple[int, int, Any] | None:

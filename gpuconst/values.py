@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from .dtypes import DTYPES, DType
 from .errors import brief
 
-__all__ = ["check_shape", "default_dtype", "encode", "encode_each", "is_number"]
+__all__ = ["check_shape", "default_dtype", "encode", "encode_each", "is_array", "is_number"]
 
 _MAX_BYTES = 2**63 - 1
 _MAX_NDIM = 64  # NumPy's limit
@@ -94,20 +95,35 @@ def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
-    if isinstance(shape, bool | np.bool_ | str | bytes | Mapping | Set):
+    if _is_bool(shape) or isinstance(shape, str | bytes | Mapping | Set):
         raise TypeError(f"a shape is an int or a sequence of ints, not {brief(shape)}")
-    try:
-        return (operator.index(shape),)
-    except TypeError:
-        pass
+    if not getattr(shape, "ndim", 0):  # a tensor of one element has an index, whatever it is
+        try:
+            return (operator.index(shape),)
+        except TypeError:
+            pass
     try:
         lengths = list(shape)
     except TypeError:
         raise TypeError(f"a shape is an int or a sequence of ints, not {brief(shape)}") from None
-    for length in lengths:
-        if isinstance(length, bool | np.bool_) or not hasattr(length, "__index__"):
-            raise TypeError(f"a dimension of a shape is an int, not {brief(length)} (in {brief(shape)})")
-    return tuple(map(operator.index, lengths))
+    return tuple(_dimension(length, shape) for length in lengths)
+
+
+def _dimension(length: Any, shape: Any) -> int:
+    if not _is_bool(length) and hasattr(length, "__index__"):
+        try:
+            return operator.index(length)
+        except TypeError as error:
+            if type(error) is not TypeError:  # JAX's own says best what is wrong with a traced length
+                raise
+    raise TypeError(f"a dimension of a shape is an int, not {brief(length)} (in {brief(shape)})")
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether a value is a bool, NumPy's and a tensor of one too, each of which has an ``__index__``."""
+    if isinstance(value, bool | np.bool_):
+        return True
+    return getattr(value, "ndim", None) == 0 and str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
 
 
 def default_dtype(value: Any) -> DType:
@@ -142,7 +158,10 @@ def default_dtype(value: Any) -> DType:
         return _DEFAULTS[bool]
     if isinstance(number, int):
         if not -(2**63) <= number < 2**63:
-            wider = "pass dtype='uint64'" if 0 <= number < 2**64 else "pass a floating dtype"
+            if 0 <= number < 2**64:
+                wider = "pass dtype='uint64'"
+            else:
+                wider = "no dtype holds it" if _is_beyond_all(number) else "pass a floating dtype"
             raise OverflowError(f"{_shown(number)} does not fit int64, the default dtype of an int; {wider}")
         return DTYPES["int64"]
     return _DEFAULTS[complex if isinstance(number, complex) else float]
@@ -236,6 +255,13 @@ def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
     return b"".join([encode(value, dtype) for value in values])
 
 
+def is_array(value: Any) -> bool:
+    """Whether a value is an array of numbers, of any library: what those of others hold is theirs to say."""
+    if isinstance(value, np.ndarray):
+        return (value.dtype.kind in "biufc" or value.dtype in _ML_DTYPES) and not np.any(getattr(value, "mask", False))
+    return hasattr(value, "shape") and not isinstance(value, np.generic | memoryview)
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is of a kind that `encode` takes, ``bytes`` apart."""
     try:
@@ -269,6 +295,8 @@ def _no_number(value: Any) -> TypeError:
         hint = ""
     elif isinstance(value, np.complexfloating):
         hint = "; pass complex(x)"
+    elif hasattr(value, "mask"):
+        hint = "; a masked element has no value"
     elif hasattr(value, "item") and not isinstance(value, np.generic):
         hint = "; pass x.item()"
     elif hasattr(value, "__float__"):
@@ -287,6 +315,11 @@ _ML_DTYPES = frozenset(row.numpy for row in DTYPES.values() if not row.native)
 def _shown(number: int | float | complex) -> str:
     # Python refuses to write out ints of thousands of digits.
     return f"an int of {number.bit_length()} bits" if isinstance(number, int) and abs(number) >> 512 else repr(number)
+
+
+def _is_beyond_all(number: int | float | complex) -> bool:
+    """Whether a number is too large for every dtype there is."""
+    return isinstance(number, int) and abs(number) > sys.float_info.max
 
 
 def _real(number: int | float | complex, dtype: DType) -> int | float:
@@ -360,5 +393,5 @@ def _does_not_fit(number: int | float | complex, dtype: DType) -> OverflowError:
         span = f"±{float(limit):.6g}"
         if not isinstance(number, int) and not np.isfinite(number):
             span += ", without infinity"
-    wider = "" if dtype.name == bits else f", or a wider dtype such as {bits}"
+    wider = "" if dtype.name == bits or _is_beyond_all(number) else f", or a wider dtype such as {bits}"
     return OverflowError(f"{_shown(number)} does not fit {dtype.name} ({span}); pass a value in that range{wider}")

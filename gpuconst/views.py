@@ -25,6 +25,8 @@ from .torch_rules import Columns, are_plain, has_memory, is_tensor, local_part
 __all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory", "view_of"]
 
 _CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
+#: What NumPy tries, to find out whether strided arrays intersect: a tenth of a second.
+_MAX_WORK = 1_000_000
 _READ_ONLY = "it is read-only; fill a copy of it"
 
 
@@ -148,7 +150,8 @@ def shares_memory(a: Any, b: Any) -> bool:
     Returns
     -------
     bool
-        False where they are on different devices, or one of them is empty.
+        False where they are on different devices, or one of them is empty. True too where their address
+        ranges intersect and it would take seconds to find out whether their elements do.
 
     Raises
     ------
@@ -156,7 +159,12 @@ def shares_memory(a: Any, b: Any) -> bool:
         If one of them is no array.
     """
     first, second = view_of(a), view_of(b)
-    return first.device == second.device and bool(np.shares_memory(_outline(first), _outline(second)))
+    if first.device != second.device:
+        return False
+    try:
+        return bool(np.shares_memory(_outline(first), _outline(second), max_work=_MAX_WORK))  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        return True
 
 
 def extents(arrays: Sequence[Any]) -> np.ndarray:
@@ -167,10 +175,9 @@ def extents(arrays: Sequence[Any]) -> np.ndarray:
     arrays : sequence of array
         Meta and fake tensors, and arrays that have lost their memory, are at address 0.
     """
-    torch = sys.modules.get("torch")
     found = np.empty((2, len(arrays)), np.uint64)
-    if torch is not None and are_plain(arrays):
-        found[0] = np.fromiter(map(torch.Tensor.data_ptr, arrays), np.uint64, len(arrays))
+    if len(arrays) and is_tensor(arrays[0]) and are_plain(arrays):
+        found[0] = np.fromiter(map(type(arrays[0]).data_ptr, arrays), np.uint64, len(arrays))
         found[1] = np.fromiter(map(operator.attrgetter("nbytes"), arrays), np.uint64, len(arrays))
     else:  # a DTensor's own address is no memory's
         found.T[:] = np.array([_extent(x) for x in arrays], np.uint64).reshape(-1, 2)
@@ -363,6 +370,10 @@ def _read_buffer(x: Any) -> View:
         exported = np.asarray(memoryview(x))
     except TypeError:
         return _refuse(x)
+    except ValueError as error:
+        raise TypeError(
+            f"{type(x).__name__} has elements of the buffer format {memoryview(x).format!r}, which is no dtype here"
+        ) from error
     return _read_numpy(exported)
 
 

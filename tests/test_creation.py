@@ -89,6 +89,12 @@ def test_what_an_array_says_of_itself() -> None:
     assert array.dtype == DTYPES["bfloat16"].numpy
 
 
+def test_it_has_no_truth_value() -> None:
+    for shape in [(), (0,), (3,)]:
+        with pytest.raises(TypeError, match="an Array has no truth value"):
+            bool(gpuconst.ones(shape, device="cpu"))
+
+
 def test_the_example_in_the_documentation() -> None:
     failed, attempted = doctest.testmod(creation)
     assert (failed, attempted > 0) == (0, True)

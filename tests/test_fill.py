@@ -380,6 +380,25 @@ def test_large_strided_arrays(layout: Callable[[np.ndarray], np.ndarray]) -> Non
     assert np.array_equal(x, expected)
 
 
+def test_large_arrays_in_another_order_are_one_stretch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stretches: list[int] = []
+    fill_stretch = host_fill.fill_stretch
+
+    def noted(address: int, nbytes: int, element: bytes) -> None:
+        stretches.append(nbytes)
+        fill_stretch(address, nbytes, element)
+
+    monkeypatch.setattr(host_fill, "fill_stretch", noted)
+    columns = np.zeros((512, 1024), np.float32, order="F")
+    gpuconst.fill(columns, 1.5)
+    assert (columns == 1.5).all()
+    row = np.zeros(1 << 16, np.float32)
+    expanded = np.lib.stride_tricks.as_strided(row, (1 << 20, *row.shape), (0, 4))  # 256 GiB to look at
+    gpuconst.fill(expanded, 2.5)
+    assert (row == 2.5).all()
+    assert stretches == [columns.nbytes, row.nbytes]
+
+
 def test_threads_fill_arrays_of_their_own() -> None:
     wrong: list[int] = []
     sizes = [1, 100, 6400, host_fill.BY_ADDRESS // 4, host_fill.BY_ADDRESS]

@@ -363,6 +363,24 @@ def test_values_that_have_no_order(values: Any) -> None:
     assert not any(x.any() for x in arrays)
 
 
+def test_arrays_that_have_no_order() -> None:
+    arrays = {torch.zeros(3), torch.zeros(3)}
+    with pytest.raises(TypeError, match="xs is set, which has no order for a value each; pass a list"):
+        gpuconst.fill_many(arrays, [1.0, 2.0])
+    assert not any(x.any() for x in arrays)
+    gpuconst.fill_many(arrays, 1.0)
+    assert all((x == 1).all() for x in arrays)
+
+
+def test_arrays_in_an_array_of_objects() -> None:
+    xs = np.empty(2, object)
+    xs[:] = [np.zeros(3), np.zeros(4)]
+    with pytest.raises(TypeError, match=r"expected several arrays; pass its tolist\(\)"):
+        gpuconst.fill_many(xs, 1.0)
+    gpuconst.fill_many(xs.tolist(), 1.0)
+    assert all((x == 1).all() for x in xs)
+
+
 @pytest.mark.parametrize("values", [torch.ones(2), jnp.ones(2), gpuconst.ones(2, device="cpu")])
 def test_values_in_the_array_of_a_framework(values: Any) -> None:
     arrays = [torch.zeros(3), torch.zeros(3)]

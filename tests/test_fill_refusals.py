@@ -1,5 +1,6 @@
 """What must not be filled, or lies about itself: a clear error, and not a byte written."""
 
+import ctypes
 import mmap
 import re
 from collections.abc import Callable
@@ -59,6 +60,12 @@ def deleted() -> jax.Array:
     x = jnp.ones(3)
     x.delete()
     return x
+
+
+@pytest.mark.parametrize("element", [ctypes.c_void_p, ctypes.c_wchar, ctypes.c_longdouble])
+def test_buffers_of_no_dtype(element: Any) -> None:
+    with pytest.raises(TypeError, match="which is no dtype here|unknown dtype"):
+        gpuconst.fill((element * 3)(), 7)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "bool"])

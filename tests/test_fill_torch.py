@@ -117,8 +117,7 @@ def test_lazily_changed_views_are_refused(view: Callable[[torch.Tensor], torch.T
     with pytest.raises(ValueError, match="lazy negative or conjugate view"):
         gpuconst.fill(view(base), 2.0)
     assert (base == 1).all()
-    resolved = view(base).resolve_neg().resolve_conj()
-    assert (gpuconst.fill(resolved, 2.0) == 2).all()
+    assert (view(base).fill_(2.0) == 2).all()  # the way out that the message names
 
 
 def test_a_real_view_of_a_complex_tensor() -> None:
@@ -218,7 +217,7 @@ def test_a_functional_tensor_is_refused() -> None:
 
 def test_a_parameter_without_a_shape_is_refused() -> None:
     weight = torch.nn.LazyLinear(3).weight
-    with torch.no_grad(), pytest.raises(ValueError, match="uninitialized parameter"):
+    with torch.no_grad(), pytest.raises(ValueError, match="no shape yet; call its module once"):
         gpuconst.fill(weight, 5.0)
 
 

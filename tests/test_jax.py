@@ -1,6 +1,7 @@
 """The JAX initializer: JAX's own arrays, in memory that gpuconst filled wherever JAX makes them now and whole."""
 
 import copy
+import doctest
 import logging
 import pickle
 from collections.abc import Callable
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from no_numbers import NO_NUMBERS
 
+import gpuconst
 from gpuconst.dtypes import DTYPES
 from gpuconst.jax import constant
 
@@ -204,6 +207,31 @@ def test_array_values_are_broadcast(convert: Callable[..., Any]) -> None:
 # As an object.
 
 
+class Derived(constant):
+    """Somebody's own initializer."""
+
+
+def test_a_subclass_keeps_its_class() -> None:
+    made = Derived(0.5)
+    assert type(pickle.loads(pickle.dumps(made))) is type(copy.copy(made)) is Derived
+    assert made == Derived(0.5)
+    assert made != constant(0.5)
+
+
+def test_the_example_in_the_documentation() -> None:
+    failed, attempted = doctest.testmod(gpuconst.jax)
+    assert (failed, attempted > 0) == (0, True)
+
+
+def test_many_arrays_with_a_traced_length_get_jaxs_own_error() -> None:
+    def make(length: Any) -> Any:
+        return gpuconst.full_many({"a": ((length,), 1.0, "float32")}, device="cpu")["a"].to_jax()
+
+    with pytest.raises(jax.errors.TracerIntegerConversionError) as caught:
+        jax.jit(make)(3)
+    assert caught.value.__notes__[0] == "'a'"
+
+
 @pytest.mark.parametrize("value", [0.1, -0.0, 3, True, 1j, float("nan"), np.float32(0.1), np.arange(3.0)])
 def test_it_pickles_and_is_equal_by_value(value: Any) -> None:
     made = constant(value, jnp.bfloat16)
@@ -251,7 +279,7 @@ def test_what_does_not_fit_is_refused(value: Any, dtype: Any, error: type[Except
         jax.jit(lambda: constant(value)(None, (3,), dtype))()
 
 
-@pytest.mark.parametrize("value", ["1", None, b"\x00", {}, {1, 2}, object(), [1.0, 2.0]], ids=repr)
+@pytest.mark.parametrize("value", ["1", None, b"\x00", {}, {1, 2}, object(), [1.0, 2.0], *NO_NUMBERS], ids=repr)
 def test_what_is_no_value_is_refused_at_once(value: Any) -> None:
     with pytest.raises(TypeError, match="takes a bool, int, float, complex, NumPy scalar or array, not"):
         constant(value)

@@ -64,6 +64,27 @@ def test_nothing_heavy_is_loaded(code: str, run_python: Callable[..., str]) -> N
     assert loaded(run_python, code) == (set(), [])
 
 
+@pytest.mark.parametrize("name", ["torch", "tensorflow", "cupy", "logging"])
+def test_a_framework_that_another_thread_is_importing_is_none_yet(name: str, run_python: Callable[..., str]) -> None:
+    run_python(
+        f"""
+        import sys, types
+        import numpy as np, gpuconst
+
+        sys.modules[{name!r}] = types.ModuleType({name!r})  # as it is at first, with nothing in it
+        x = np.zeros(3)
+        gpuconst.fill(x, 1.0)
+        gpuconst.fill_many([x, x], 2.0)
+        plan = gpuconst.plan_fill([x], 3.0)
+        plan.fill()
+        assert plan.stale() == [] and gpuconst.shares_memory(x, x)
+        assert x.tolist() == [3, 3, 3]
+        made = gpuconst.full_many({{"a": (3, 1.0, float)}}, device="cpu")
+        assert made["a"].dtype == gpuconst.full(3, 1.0, dtype=float, device="cpu").dtype == float
+        """
+    )
+
+
 def test_nobody_is_told_where_nobody_can_listen(run_python: Callable[..., str]) -> None:
     run_python(
         "import numpy, ml_dtypes, sys; before = set(sys.modules)"

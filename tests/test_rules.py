@@ -1,5 +1,6 @@
 """Rules by glob: which one a name follows, and which sets of them are mistakes."""
 
+import json
 from typing import Any
 
 import pytest
@@ -62,6 +63,9 @@ def test_a_full_name_that_comes_too_late_is_an_error() -> None:
         Rules({"*": 0.0, "embed.weight": 1.0}).check_used(NAMES, chosen)
     initialise = print
     Rules({"*": initialise, "embed.weight": initialise}).check_used(NAMES, chosen)
+    Rules(json.loads('{"*": 0.02, "embed.weight": 0.02}')).check_used(NAMES, chosen)  # equal, not one object
+    with pytest.raises(ValueError, match="has no effect"):
+        Rules({"*": 0.0, "embed.weight": -0.0}).check_used(NAMES, chosen)
     Rules({"*": 0.0, "*.weight": 1.0}).check_used(NAMES, chosen)  # a glob may be there for other models
 
 

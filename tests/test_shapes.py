@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -97,6 +98,9 @@ def test_0_d() -> None:
         ((True,), "not True (in (True,))"),
         ((2, np.False_), "not np.False_"),
         (np.array([True]), "not np.True_"),
+        (torch.tensor([True]), "not tensor(True)"),
+        (torch.tensor(True), "not tensor(True)"),
+        (torch.tensor([2.0, 3.0]), "not tensor(2.)"),
         ((2.0, 3), "not 2.0 (in (2.0, 3))"),
         ((2, None), "not None (in (2, None))"),
         (((2, 3),), "not (2, 3) (in ((2, 3),))"),

@@ -1,6 +1,7 @@
 """`gpuconst.shares_memory`: a byte in common, across libraries and protocols."""
 
 import mmap
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +148,17 @@ def test_what_has_no_memory_is_refused(other: Any, message: str) -> None:
         gpuconst.shares_memory(x, other)
     with pytest.raises(TypeError, match=message):
         gpuconst.shares_memory(other, x)
+
+
+def test_what_would_take_too_long_to_find_out_may_be_shared() -> None:
+    """The example of `numpy.shares_memory` for a problem that takes it a minute."""
+    memory = np.zeros(192163377, np.int8)
+    strides = (36674, 61119, 85569)
+    first = np.lib.stride_tricks.as_strided(memory, strides=strides, shape=(1049, 1049, 1049))
+    second = np.lib.stride_tricks.as_strided(memory[64023025:], strides=(12223, 12224, 1), shape=(1049, 1049, 1))
+    start = time.monotonic()
+    assert gpuconst.shares_memory(first, second)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.gpu

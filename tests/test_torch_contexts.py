@@ -31,6 +31,11 @@ def test_among_many_what_has_no_memory_is_left_alone() -> None:
     assert plan.stale() == []
 
 
+def test_fake_tensors_are_not_handed_out() -> None:
+    with FakeTensorMode(), pytest.raises(BufferError, match="fake tensors here, which have no memory"):
+        gpuconst.full(3, 1.0, device="cpu").to_torch()
+
+
 def test_memory_of_before_is_filled_while_new_tensors_are_fake() -> None:
     x = torch.zeros(3)
     with FakeTensorMode():
@@ -173,14 +178,14 @@ def test_a_recorded_fill_is_refused(module: type[torch.nn.Module], mode: Any) ->
         make_fx(module(), tracing_mode=mode, pre_dispatch=True)(torch.ones(3))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("module", [Filled, ManyFilled])
 def test_a_fill_is_not_traced_by_torch_jit(module: type[torch.nn.Module]) -> None:
     with pytest.raises(RuntimeError, match=r"tracing into a graph, which would lack the fill; use x\.fill_"):
         torch.jit.trace(module(), torch.ones(3))  # type: ignore[no-untyped-call]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.parametrize("record", [make_fx, lambda function: lambda x: torch.jit.trace(function, x)])  # type: ignore[no-untyped-call]
 def test_a_plan_is_not_recorded_either(record: Callable[..., Any]) -> None:
     x = torch.ones(3)

@@ -183,6 +183,7 @@ def test_bytes_without_a_dtype() -> None:
         (2**63, "int64", OverflowError, "9223372036854775808 does not fit int64"),
         (2**63, None, OverflowError, "pass dtype='uint64'"),
         (-(2**63) - 1, None, OverflowError, "pass a floating dtype"),
+        (10**400, None, OverflowError, "no dtype holds it"),
         (np.uint64(2**63), None, OverflowError, "pass dtype='uint64'"),
         (300.0, "int8", OverflowError, "300 does not fit int8"),
         (1e10, "float16", OverflowError, "10000000000.0 does not fit float16 (±65504)"),
@@ -215,6 +216,7 @@ def test_bytes_without_a_dtype() -> None:
         ("1", "float32", TypeError, "fill_value is '1' of type str"),
         (np.str_("1"), "float32", TypeError, "of type str_"),
         (bytearray(4), "float32", TypeError, "of type bytearray"),
+        (np.ma.masked, "float32", TypeError, "a masked element has no value"),
         ([1.0], "float32", TypeError, "of type list"),
         (object, "float32", TypeError, "of type type"),
         (np.datetime64("2020-01-01"), "int64", TypeError, "of type datetime64"),
@@ -227,6 +229,11 @@ def test_bytes_without_a_dtype() -> None:
 def test_a_refused_value(value: Any, dtype: str | None, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=re.escape(says)):
         gpuconst.full(TOO_MANY, value, dtype=dtype, device="cpu")
+
+
+def test_no_wider_dtype_is_named_where_none_holds_the_value() -> None:
+    with pytest.raises(OverflowError, match=r"does not fit float32 .*; pass a value in that range$"):
+        gpuconst.full(2, 10**400, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint64", "float32", "complex128", None])

@@ -9,6 +9,7 @@ import pickle
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from keras_cases.weights import as_numpy
@@ -63,6 +64,22 @@ def test_only_equal_values_are_equal() -> None:
         assert first != second
     for instance in _instances():
         assert instance not in (None, 0.5, keras.initializers.Constant(0.5), keras.initializers.Zeros())
+
+
+@pytest.mark.parametrize(
+    "value", [np.float32(0.1), np.complex64(1 + 2j), ml_dtypes.bfloat16(0.5), np.int8(3)], ids=repr
+)
+def test_numpy_scalars_are_saved_and_compared_as_numbers(value: Any) -> None:
+    config = json.loads(json.dumps(Constant(value).get_config()))
+    assert Constant.from_config(config) == Constant(value) == Constant(value.item())
+    assert Constant(value) != Constant(0.25)
+
+
+@pytest.mark.parametrize("value", [(1, 2, 3), [1, 2, 3], range(1, 4)], ids=repr)
+def test_sequences_are_saved_as_lists(value: Any) -> None:
+    config = json.loads(json.dumps(Constant(value).get_config()))
+    assert config == {"value": [1, 2, 3]}
+    assert Constant.from_config(config) == Constant(value)
 
 
 def test_tensors_are_equal_only_to_themselves() -> None:

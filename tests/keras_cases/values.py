@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras_cases.weights import BACKEND, as_numpy, same
+from no_numbers import NO_NUMBERS
 
 import gpuconst.keras
 from gpuconst.keras import Constant, Ones, Zeros
@@ -155,7 +156,7 @@ def test_the_value_policy(value: Any, dtype: str, error: type[Exception], words:
         Constant(value)((2, 3), dtype)
 
 
-@pytest.mark.parametrize("value", [None, "0.1", b"\0\0\0\0", {}, {1, 2}, object(), print], ids=repr)
+@pytest.mark.parametrize("value", [None, "0.1", b"\0\0\0\0", {}, {1, 2}, object(), print, *NO_NUMBERS], ids=repr)
 def test_no_number_and_no_array(value: Any) -> None:
     with pytest.raises(TypeError, match="Constant takes a bool, int, float, complex, NumPy scalar or array, not"):
         Constant(value)
