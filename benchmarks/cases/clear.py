@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.cases.fill import CONTENDERS, poisoned
-from benchmarks.cases.peers import GIB, MIB, check_filled
+from benchmarks.cases.peers import GIB, MIB, check_filled, on_threads
 from benchmarks.contest import Case, Contender, Row
 from benchmarks.table import size
 
@@ -23,8 +23,7 @@ def _torch_zero(nbytes: int, value: float) -> Callable[[], Any]:
 
 _CLEARING = [
     *CONTENDERS,
-    Contender("Tensor.zero_, 1 thread", _torch_zero, threads=1),
-    Contender("Tensor.zero_, 2 threads", _torch_zero, threads=2),
+    *on_threads(Contender("Tensor.zero_", _torch_zero)),
 ]
 
 

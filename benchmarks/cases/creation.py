@@ -12,8 +12,7 @@ _QUICK_SIZES = [4, 64 * KIB, 4 * MIB]
 _CONTENDERS = [
     peers.GPUCONST,
     peers.NUMPY,
-    peers.TORCH,
-    peers.TORCH_THREADS,
+    *peers.TORCH,
     peers.TORCH_EMPTY,
     peers.JAX,
     peers.JAX_JITTED,

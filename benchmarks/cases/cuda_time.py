@@ -107,7 +107,7 @@ def host_seconds(run: Callable[[], Any], number: int) -> float:
     return seconds / number
 
 
-def total_seconds(run: Callable[[], Any], number: int) -> float:
+def total_seconds(run: Callable[[], Any], number: int, wait: Callable[[Any], object] | None = None) -> float:
     """Return the seconds of a call and of all that it has the device do.
 
     Parameters
@@ -116,12 +116,14 @@ def total_seconds(run: Callable[[], Any], number: int) -> float:
         What is measured.
     number : int
         Of calls, each waited for.
+    wait : callable, optional
+        Takes what a call returned, and waits for that; by default the device is waited for.
     """
-    torch = torch_cuda()
+    synchronize = torch_cuda().cuda.synchronize
+    wait = wait or (lambda result: synchronize())
     run()
-    torch.cuda.synchronize()
+    synchronize()
     start = time.perf_counter()
     for _ in range(number):
-        run()
-        torch.cuda.synchronize()
+        wait(run())
     return (time.perf_counter() - start) / number

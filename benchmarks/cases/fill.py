@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cases.peers import GIB, ITEMSIZE, KIB, MIB, check_filled
+from benchmarks.cases.peers import GIB, ITEMSIZE, KIB, MIB, check_filled, on_threads
 from benchmarks.contest import VALUE, Case, Contender, Row
 from benchmarks.table import size
 
@@ -70,9 +70,8 @@ CONTENDERS = [
     Contender("fill(ndarray)", _gpuconst, ours=True),
     Contender("fill(tensor)", _gpuconst_torch, ours=True),
     Contender("ndarray.fill", _numpy),
-    Contender("Tensor.fill_, 1 thread", _torch, threads=1),
-    Contender("Tensor.fill_, 2 threads", _torch, threads=2),
-    Contender("torch.nn.init.constant_, 2 threads", _torch_init, threads=2),
+    *on_threads(Contender("Tensor.fill_", _torch)),
+    on_threads(Contender("torch.nn.init.constant_", _torch_init))[-1],
 ]
 
 

@@ -41,10 +41,7 @@ def keeping(contender: Contender) -> Contender:
     return dataclasses.replace(contender, make=make)
 
 
-_CONTENDERS = [
-    keeping(each)
-    for each in (peers.GPUCONST, peers.NUMPY, peers.TORCH, peers.TORCH_THREADS, peers.JAX, peers.TENSORFLOW)
-]
+_CONTENDERS = [keeping(each) for each in (peers.GPUCONST, peers.NUMPY, *peers.TORCH, peers.JAX, peers.TENSORFLOW)]
 #: Without TensorFlow, whose import takes as long as all else.
 _QUICK_CONTENDERS = _CONTENDERS[:-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any
 
 from benchmarks.cases.cuda_time import GIB, need, on_each_backend, torch_cuda, total_seconds
@@ -41,7 +42,7 @@ def _cupy(length: int) -> Callable[[], Any]:
 def _jax(length: int) -> Callable[[], Any]:
     import jax.numpy as jnp
 
-    return lambda: jnp.full((length,), VALUE, "float32").block_until_ready()
+    return lambda: jnp.full((length,), VALUE, "float32")
 
 
 def _numba(length: int) -> Callable[[], Any]:
@@ -55,8 +56,18 @@ def _numba(length: int) -> Callable[[], Any]:
     return run
 
 
-def _timed(maker: Callable[[int], Callable[[], Any]]) -> Callable[[int], Callable[[], float]]:
-    """Return what makes a function that returns the seconds of a contender's array."""
+def _timed(
+    maker: Callable[[int], Callable[[], Any]], wait: Callable[[Any], object] | None = None
+) -> Callable[[int], Callable[[], float]]:
+    """Return what makes a function that returns the seconds of a contender's array.
+
+    Parameters
+    ----------
+    maker : callable
+        Takes the length and returns what makes the array.
+    wait : callable, optional
+        Waits until an array is filled, instead of for the device.
+    """
 
     def make(nbytes: int) -> Callable[[], float]:
         need(2 * nbytes)
@@ -66,7 +77,7 @@ def _timed(maker: Callable[[int], Callable[[], Any]]) -> Callable[[int], Callabl
         filled = torch.from_dlpack(made) if hasattr(made, "__dlpack__") else torch.as_tensor(made, device="cuda")
         torch.cuda.synchronize()
         assert bool((filled == VALUE).all()), "wrong contents"
-        return lambda: total_seconds(run, _NUMBER)
+        return lambda: total_seconds(run, _NUMBER, wait)
 
     return make
 
@@ -76,8 +87,8 @@ _CONTENDERS = [
     *on_each_backend(Contender("full().to_torch()", _timed(_gpuconst_torch), ours=True)),
     Contender("torch.full", _timed(_torch)),
     Contender("cupy.full", _timed(_cupy)),
-    Contender("jnp.full", _timed(_jax)),
-    Contender("numba device_array, d[:] = v", _timed(_numba)),
+    Contender("jnp.full", _timed(_jax, methodcaller("block_until_ready"))),
+    Contender("numba device_array, d[:] = v", _timed(_numba, lambda array: None)),  # which has waited
 ]
 
 

@@ -36,7 +36,7 @@ def _weighed(contender: Contender) -> Contender:
     return dataclasses.replace(contender, make=make)
 
 
-_CONTENDERS = [_weighed(each) for each in (peers.GPUCONST, peers.NUMPY, peers.TORCH, peers.JAX, peers.TENSORFLOW)]
+_CONTENDERS = [_weighed(each) for each in (peers.GPUCONST, peers.NUMPY, *peers.TORCH[:1], peers.JAX, peers.TENSORFLOW)]
 #: Without TensorFlow, whose import takes as long as all else.
 _QUICK_CONTENDERS = _CONTENDERS[:-1]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.contest import VALUE, Contender
@@ -76,11 +78,19 @@ def tensorflow_fill(nbytes: int) -> Callable[[], Any]:
     return lambda: tf.fill(shape, value)
 
 
+def on_threads(contender: Contender) -> list[Contender]:
+    """Return a contender of torch's on one thread, on two, and on all cores where there are more."""
+    counts = sorted({1, 2, len(os.sched_getaffinity(0))})
+    return [
+        replace(contender, name=f"{contender.name}, {count} thread{'s' * (count > 1)}", threads=count)
+        for count in counts
+    ]
+
+
 GPUCONST = Contender("gpuconst.full", gpuconst_full, ours=True)
 NUMPY = Contender("np.full", numpy_full)
-TORCH = Contender("torch.full, 1 thread", torch_full, threads=1)
-TORCH_THREADS = Contender("torch.full, 2 threads", torch_full, threads=2)
-TORCH_EMPTY = Contender("torch.empty().fill_, 2 threads", torch_empty_fill, threads=2)
+TORCH = on_threads(Contender("torch.full", torch_full))
+TORCH_EMPTY = on_threads(Contender("torch.empty().fill_", torch_empty_fill))[-1]
 JAX = Contender("jnp.full", jax_full)
 JAX_JITTED = Contender("jnp.full, jitted", jax_jitted_full)
 TENSORFLOW = Contender("tf.fill", tensorflow_fill)

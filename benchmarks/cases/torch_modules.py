@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.cases.pages import touch_and_free
+from benchmarks.cases.peers import on_threads
 from benchmarks.contest import VALUE, Case, Contender, Row
 
 #: Width of the model, its heads, width of its feed-forward part, and how many such models are made.
@@ -84,8 +85,7 @@ def _measured(filler: Filler, check: Filler) -> Callable[..., Callable[[], float
 
 _CONTENDERS = [
     Contender("materialize_", _measured(_gpuconst, _check), ours=True),
-    Contender("to_empty + nn.init, 2 threads", _measured(_to_empty_and_init, _check), threads=2),
-    Contender("to_empty + nn.init, 1 thread", _measured(_to_empty_and_init, _check), threads=1),
+    *reversed(on_threads(Contender("to_empty + nn.init", _measured(_to_empty_and_init, _check)))),
     Contender("to_empty (no values)", _measured(_to_empty, lambda module: None), beside=True),
 ]
 #: Without those whose processes would only import torch once more.
