@@ -272,7 +272,7 @@ def _other_parts(
             view = writable_view(x)
             element = encode(fill_value if values is None else values[position], view.dtype)
         except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
-            raise about(error, f"xs[{position}]") from error
+            raise about(error, f"xs[{position}]") from None
         region = normalised(Region(view.address, view.shape, view.strides, element))
         if 0 not in region.shape:
             found.setdefault(view.device, []).append((position, view, region))

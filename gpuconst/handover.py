@@ -45,7 +45,7 @@ def to_torch(array: Exporter, dtype: DType) -> Any:
     else:
         # A capsule spares torch what it would ask of a CPU array in Python: half of the time.
         tensor = torch.from_dlpack(array.__dlpack__() if on_cpu else array)
-    if not has_memory(tensor):
+    if type(tensor) is not torch.Tensor and not has_memory(tensor):
         raise BufferError(
             "torch makes fake tensors here, which have no memory; hand the array over before, or use torch.full"
         )

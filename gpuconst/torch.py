@@ -245,7 +245,9 @@ class _Said:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, TypeError | ValueError | OverflowError | RuntimeError):
-            raise about(error, self._named.said, self._way_out) from error
+            said = about(error, self._named.said, self._way_out)
+            if said is not error:
+                raise said from error
 
 
 def _survey(parts: Sequence[tuple[str, torch.nn.Module]]) -> tuple[list[_Tensor], list[_Weight]]:

@@ -149,7 +149,7 @@ def share(tasks: Sequence[Task]) -> None:
             work.settle()
         except BaseException as error:
             failed = error
-    failed = work.error or failed
+    failed = failed or work.error
     if failed is not None:
         raise failed
 

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -29,7 +30,11 @@ import numpy as np
 import ptx
 import pytest
 
+import gpuconst
+
 Parameters = ParamSpec("Parameters")
+
+MIB = 1 << 20
 
 _SOURCES = Path(__file__).parent / "standin"
 _LAUNCH_FAILED = 719
@@ -101,6 +106,44 @@ def _process(settings: tuple[tuple[str, int | str], ...]) -> concurrent.futures.
 
 
 # The rest runs in the process with the devices.
+
+
+class Foreign:
+    """Somebody's CUDA memory, known by its CUDA Array Interface: a part of a gpuconst array."""
+
+    def __init__(self, array: gpuconst.Array, offset: int = 0, **interface: Any) -> None:
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "data": (array.data_ptr() + offset, False),
+            "typestr": array.dtype.str,
+            **interface,
+        }
+
+
+def new_stream(device: int = 0) -> int:
+    """Return the handle of a new stream."""
+    handle = ctypes.c_void_p()
+    with current_device(device):
+        assert driver().cuStreamCreateWithPriority(ctypes.byref(handle), 1, 0) == 0
+    assert handle.value
+    return handle.value
+
+
+@contextmanager
+def current_device(device: int) -> Iterator[None]:
+    """Make a device the thread's current one, by its primary context."""
+    context = ctypes.c_void_p()
+    driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    driver().cuCtxPushCurrent_v2(context)
+    try:
+        yield
+    finally:
+        driver().cuCtxPopCurrent_v2(ctypes.byref(context))
+
+
+def launches() -> list[str]:
+    """Return kernel and grid of each launch."""
+    return [" ".join(line.split()[1:3]) for line in calls("launch")]
 
 
 def calls(*names: str) -> list[str]:

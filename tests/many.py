@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import array
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,6 +52,19 @@ def element_of(value: Any, dtype: str) -> bytes:
 def noise(nbytes: int) -> np.ndarray:
     """Return bytes of which none is like its neighbours."""
     return (np.arange(nbytes) * 37 % 251).astype(np.uint8)
+
+
+class FreshBuffer:
+    """Describes a buffer of its own each time it is asked, which nobody else holds."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[Any]] = []
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        buffer = array.array("B", bytes(4096))
+        self.made.append(weakref.ref(buffer))
+        return {"version": 3, "shape": (4096,), "typestr": "|u1", "data": buffer}
 
 
 def filled(size: int, entries: Sequence[Entry]) -> np.ndarray:

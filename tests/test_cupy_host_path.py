@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import test_cuda_host_path
-from cuda_standin import alive, calls, driver, on_standin
-from test_cuda_host_path import MIB, Foreign, launches, new_stream
+import test_cuda_selection
+import test_cuda_streams
+from cuda_standin import MIB, Foreign, alive, calls, driver, launches, new_stream, on_standin
 
 import gpuconst
 from gpuconst.dtypes import DTYPES
@@ -21,6 +22,7 @@ cupy = pytest.importorskip("cupy", reason="cupy is not installed")
 
 on_cupy = on_standin(GPUCONST_BACKEND="cupy", STANDIN_RUNTIME=1)
 
+_WITH_NUMBA = (test_cuda_host_path, test_cuda_selection, test_cuda_streams)
 #: Tests of the Numba backend that hold of CuPy's as they are.
 SHARED = [
     "test_cuda_is_the_current_device",
@@ -47,7 +49,8 @@ SHARED = [
 @pytest.mark.parametrize("name", SHARED)
 @on_cupy
 def test_as_with_numba(name: str) -> None:
-    getattr(test_cuda_host_path, name).__wrapped__()
+    (test,) = [vars(file)[name] for file in _WITH_NUMBA if name in vars(file)]
+    test.__wrapped__()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,7 +178,7 @@ def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
     arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
     plan = gpuconst.plan_fill(arrays, 1.0)
     before = launches()
-    with cupy.cuda.Stream(non_blocking=True) as current, test_cuda_host_path.captured(current.ptr):
+    with cupy.cuda.Stream(non_blocking=True) as current, test_cuda_streams.captured(current.ptr):
         for work in (
             lambda: gpuconst.full(3, 1.0, device="cuda"),
             lambda: gpuconst.full_many({"a": (3, 1.0, None)}, device="cuda"),

@@ -17,6 +17,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from lying_capsules import DLPackOnly
+from many import FreshBuffer, noise
 
 import gpuconst
 from gpuconst.dtypes import DTYPES
@@ -37,11 +38,6 @@ def value_of(dtype: str) -> Any:
 
 def element_of(dtype: str) -> np.ndarray:
     return np.asarray(value_of(dtype)).astype(DTYPES[dtype].numpy)
-
-
-def noise(nbytes: int) -> np.ndarray:
-    """Return bytes of which none is like its neighbours."""
-    return (np.arange(nbytes) * 37 % 251).astype(np.uint8)
 
 
 def guarded(shape: Any, dtype: str, offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -352,13 +348,14 @@ def test_which_elements_are_made_of_one_word(element: bytes, word: int | None) -
 
 @pytest.mark.usefixtures("words")
 @pytest.mark.parametrize("more", [0, 16, host_fill.ROW, 3 * host_fill.ROW + 5 * 16])
-def test_very_large_arrays_are_filled_by_two_threads(more: int) -> None:
-    memory, target = guarded(((4 * host_fill.PIECE + more) // 16,), "complex128", 3)
-    gpuconst.fill(target, value_of("complex128"))
-    element = np.frombuffer(element_of("complex128").tobytes(), np.uint8)
-    inside = memory[GUARD + 3 : -GUARD].reshape(-1, 16)
+@pytest.mark.parametrize(("dtype", "offset"), [("complex128", 3), ("float32", 4)], ids=["rows", "words"])
+def test_very_large_arrays_are_filled_by_two_threads(dtype: str, offset: int, more: int) -> None:
+    element = np.frombuffer(element_of(dtype).tobytes(), np.uint8)
+    memory, target = guarded(((4 * host_fill.PIECE + more) // element.size,), dtype, offset)
+    gpuconst.fill(target, value_of(dtype))
+    inside = memory[GUARD + offset : -GUARD].reshape(-1, element.size)
     assert (inside == element).all()
-    assert np.array_equal(memory[: GUARD + 3], noise(GUARD + 3))
+    assert np.array_equal(memory[: GUARD + offset], noise(GUARD + offset))
     assert np.array_equal(memory[-GUARD:], noise(memory.size)[-GUARD:])
 
 
@@ -422,19 +419,6 @@ def test_threads_fill_arrays_of_their_own() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert not wrong
-
-
-class FreshBuffer:
-    """Describes a buffer of its own each time it is asked, which nobody else holds."""
-
-    def __init__(self) -> None:
-        self.made: list[weakref.ref[Any]] = []
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        buffer = array.array("B", bytes(4096))
-        self.made.append(weakref.ref(buffer))
-        return {"version": 3, "shape": (4096,), "typestr": "|u1", "data": buffer}
 
 
 class FreshExport:

@@ -9,20 +9,16 @@ import mmap
 import re
 import sys
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import ptx
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from installed import require
-from kernel_checks import Kernels, compiled
-from many import Entry, cases, filled, noise
+from many import Entry, FreshBuffer, cases, filled, noise
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
@@ -30,7 +26,7 @@ import gpuconst
 from gpuconst import filling
 from gpuconst.batch import gather
 from gpuconst.dtypes import DTYPES
-from gpuconst.kernels import host, host_fill, runs
+from gpuconst.kernels import host, host_fill
 
 # What is written
 
@@ -543,19 +539,6 @@ def test_numpy_arrays_need_no_torch(run_python: Callable[..., str]) -> None:
 # What is kept alive
 
 
-class FreshBuffer:
-    """Describes a buffer of its own each time it is asked, which nobody else holds."""
-
-    def __init__(self) -> None:
-        self.made: list[weakref.ref[Any]] = []
-
-    @property
-    def __array_interface__(self) -> dict[str, Any]:
-        buffer = array.array("B", bytes(4096))
-        self.made.append(weakref.ref(buffer))
-        return {"version": 3, "shape": (4096,), "typestr": "|u1", "data": buffer}
-
-
 def test_memory_is_held_until_it_is_filled_and_no_longer() -> None:
     x = FreshBuffer()
     batches = gather([np.zeros(3), x], 1, None)
@@ -588,56 +571,3 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
     in_turn, at_once = caplog.messages
     assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 1 batches; took 0\.\d{6} s", in_turn)
     assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 2 batches; took 0\.\d{6} s", at_once)
-
-
-# What a GPU would do with it
-
-
-@pytest.fixture(params=["cupy", "numba"], scope="module")
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    require({"cupy": "cupy", "numba": "numba_cuda"}[request.param])
-    return compiled(request.param, "sm_90")
-
-
-def launched(arrays: list[Any], values: list[Any], memory: np.ndarray, kernels: Kernels) -> np.ndarray:
-    """Return what the kernels make of some memory."""
-    table_address = 1 << 50
-    start = memory.ctypes.data
-    for batch in gather(arrays, b"", values):
-        launches = [launch for region in batch.strided for launch in runs.strided_launches(region)]
-        segments = {start: memory}
-        if len(batch.runs):
-            segments[table_address] = words = runs.table(batch.runs)
-            launches.append(runs.table_launch(table_address, words))
-        device = ptx.Memory.of(segments)
-        kernels.run(device, launches)
-        memory[:] = device[start]
-    return memory
-
-
-@pytest.mark.parametrize("longest", [3, 40, 3000])
-def test_thousands_of_rows_on_the_kernels(kernels: Kernels, longest: int) -> None:
-    random = np.random.default_rng(longest)
-    dtypes = [name for name in DTYPES if hasattr(torch, name)]
-    entries = []
-    end = 64
-    for k in range(3000):
-        dtype = dtypes[k % len(dtypes)]
-        itemsize = DTYPES[dtype].itemsize
-        length = int(random.integers(1, longest))
-        entries.append(Entry("torch", dtype, (length,), (itemsize,), end, random.bytes(itemsize)))
-        end += length * itemsize + int(random.integers(0, 20))
-    memory = noise(end + 64)
-    found = launched([e.over(memory) for e in entries], [e.value for e in entries], memory, kernels)
-    assert np.array_equal(found, filled(len(memory), entries))
-
-
-def test_any_arrays_on_the_kernels(kernels: Kernels) -> None:
-    @given(cases())
-    def check(case: tuple[int, list[Entry]]) -> None:
-        size, entries = case
-        memory = noise(size)
-        found = launched([e.over(memory) for e in entries], [e.value for e in entries], memory, kernels)
-        np.testing.assert_array_equal(found, filled(size, entries))
-
-    check()

@@ -1,7 +1,8 @@
 """The real device: every kernel of every backend, streams, hand-over, graphs and limits.
 
 Where there is no GPU each of these is skipped with the driver's reason; the kernels are then proven by
-`test_cuda_compile`, `test_ptx` and `test_numba_simulator`, the host side by `test_cuda_host_path`.
+`test_cuda_compile`, `test_ptx` and `test_numba_simulator`, the host side by `test_cuda_host_path`
+and its neighbours.
 """
 
 from __future__ import annotations

@@ -8,10 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
-import gpuconst
 from gpuconst.kernels import host_fill, host_threads
 
 needs_two_cores = pytest.mark.skipif(
@@ -269,16 +267,6 @@ def test_no_thread_is_left_where_the_process_forks(run_python: Callable[..., Any
         use_both()
         """
     )
-
-
-@pytest.mark.parametrize("more", [0, 1, 12345])
-def test_every_byte_is_filled(more: int) -> None:
-    size = host_fill.PIECE // 4 + more
-    values = np.zeros(size + 8, np.float32)
-    gpuconst.fill(values[4:-4], 1.1)
-    assert (values[4:-4] == np.float32(1.1)).all()
-    assert not values[:4].any()
-    assert not values[-4:].any()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")

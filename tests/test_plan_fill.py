@@ -1,6 +1,5 @@
 """A plan fills what `fill_many` fills, as often as it is asked, and knows which arrays have left it."""
 
-import array
 import copy
 import doctest
 import gc
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from many import Entry, cases, filled, noise
+from many import Entry, FreshBuffer, cases, filled, noise
 from torch.utils import swap_tensors
 
 import gpuconst
@@ -218,22 +217,14 @@ def test_a_bytearray_cannot_move_as_long_as_the_plan_lives() -> None:
 
 
 def test_an_export_lives_as_long_as_the_plan() -> None:
-    made = []
-
-    class Exporter:
-        @property
-        def __array_interface__(self) -> dict[str, Any]:
-            buffer = array.array("B", bytes(4096))
-            made.append(weakref.ref(buffer))
-            return {"version": 3, "shape": (4096,), "typestr": "|u1", "data": buffer}
-
-    plan = gpuconst.plan_fill([Exporter()], 1)
+    x = FreshBuffer()
+    plan = gpuconst.plan_fill([x], 1)
     plan.fill()
     gc.collect()
-    assert [bytes(buffer) for buffer in (reference() for reference in made) if buffer is not None] == [b"\1" * 4096]
+    assert [bytes(buffer) for made in x.made if (buffer := made()) is not None] == [b"\1" * 4096]
     del plan
     gc.collect()
-    assert not any(reference() for reference in made)
+    assert not any(made() for made in x.made)
 
 
 # What torch asks

@@ -19,18 +19,6 @@ import gpuconst
 # Tensors without memory.
 
 
-def test_among_many_what_has_no_memory_is_left_alone() -> None:
-    real, meta = torch.zeros(3), torch.zeros(3, device="meta")
-    with FakeTensorMode():
-        fake = torch.zeros(3)
-    gpuconst.fill_many([meta, real, fake], [1.0, 2.0, 3.0])
-    assert real.tolist() == [2, 2, 2]
-    plan = gpuconst.plan_fill([fake, meta, real], 4.0)
-    plan.fill()
-    assert real.tolist() == [4, 4, 4]
-    assert plan.stale() == []
-
-
 def test_fake_tensors_are_not_handed_out() -> None:
     with FakeTensorMode(), pytest.raises(BufferError, match="fake tensors here, which have no memory"):
         gpuconst.full(3, 1.0, device="cpu").to_torch()
@@ -41,17 +29,6 @@ def test_memory_of_before_is_filled_while_new_tensors_are_fake() -> None:
     with FakeTensorMode():
         gpuconst.fill(x, 5.0)
     assert x.tolist() == [5, 5, 5]
-
-
-def test_many_inference_tensors() -> None:
-    with torch.inference_mode():
-        xs = [torch.zeros(3), torch.zeros(2)]
-        gpuconst.fill_many(xs, 5.0)
-        plan = gpuconst.plan_fill(xs, 6.0)
-        plan.fill()
-    assert [x.tolist() for x in xs] == [[6, 6, 6], [6, 6]]
-    with pytest.raises(RuntimeError, match=r"xs\[0\]: .*made in inference mode"):
-        gpuconst.fill_many(xs, 7.0)
 
 
 # torch.compile: the graph breaks at a fill, and the fill happens.

@@ -1,0 +1,229 @@
+"""Which GPU is used and why not another, on stand-in devices: backends, drivers, forks, `info`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cuda_standin import (
+    calls,
+    current_device,
+    driver,
+    environment,
+    on_standin,
+)
+
+import gpuconst
+from gpuconst.backends import select
+
+pytestmark = pytest.mark.needs("numba_cuda")
+
+
+@on_standin()
+def test_devices_are_selected_by_name() -> None:
+    places = [select(name) for name in ("cuda", "cuda:0", "cuda:1")]
+    assert [(place.backend, place.device, place.ordinal) for place in places] == [
+        ("numba", "cuda:0", 0),
+        ("numba", "cuda:0", 0),
+        ("numba", "cuda:1", 1),
+    ]
+    assert select(None).device == "cuda:0"
+    assert select("cpu").backend == "numpy"
+
+
+@on_standin()
+def test_cuda_is_the_current_device() -> None:
+    with current_device(1):
+        assert select("cuda").device == "cuda:1"
+        assert select(None).device == "cuda:1"
+        assert gpuconst.full(3, 1, device="cuda").device == "cuda:1"
+    assert select("cuda").device == "cuda:0"
+
+
+@on_standin()
+def test_a_device_out_of_range_names_those_there_are() -> None:
+    with pytest.raises(gpuconst.DeviceUnavailableError, match=r"no device cuda:2; there are cuda:0 \(Stand-in 0\)"):
+        gpuconst.full(3, 1, device="cuda:2")
+
+
+@on_standin(GPUCONST_BACKEND="")
+def test_a_backend_that_cannot_be_used_is_passed_over() -> None:
+    array = gpuconst.full(3, 1.0, device="cuda")
+    assert (array.backend, array.device) == ("numba", "cuda:0")
+    cupy, numba = gpuconst.info().backends[:2]
+    assert numba.why_not is None
+    assert "CuPy cannot use CUDA" in str(cupy.why_not)
+
+
+@on_standin(GPUCONST_BACKEND="cupy")
+def test_a_backend_that_was_named_is_not_passed_over() -> None:
+    with pytest.raises(gpuconst.DeviceUnavailableError, match="CuPy cannot use CUDA"):
+        gpuconst.full(3, 1.0)
+
+
+def check_unusable(reason: str, backend: str | None = None) -> None:
+    """Check that a named device is refused for a reason, of one backend or all, and the default one is the CPU."""
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(gpuconst.DeviceUnavailableError, match=re.escape(reason)):
+            gpuconst.full(3, 1.0, device=device)
+    os.environ.pop("GPUCONST_BACKEND", None)
+    array = gpuconst.full(3, 1.0)
+    assert (array.device, array.backend) == ("cpu", "numpy")
+    *others, numpy = gpuconst.info().backends
+    assert all(reason in str(row.why_not) for row in others if backend in (None, row.name))
+    assert numpy.why_not is None
+
+
+@on_standin(STANDIN_DEVICES=0)
+def test_no_device() -> None:
+    check_unusable("the driver finds no device")
+
+
+@on_standin(STANDIN_DEVICES=0)
+def test_a_card_in_mig_mode_without_an_instance_is_no_device() -> None:
+    check_unusable("or the card is in MIG mode and has no instance")
+
+
+@on_standin(CUDA_VISIBLE_DEVICES="MIG-c7384736-a75d-5afc-978f-d2f1294409fd")
+def test_a_mig_instance_that_is_gone() -> None:
+    check_unusable("CUDA_VISIBLE_DEVICES='MIG-c7384736")
+
+
+@on_standin(CUDA_VISIBLE_DEVICES="")
+def test_no_visible_device() -> None:
+    check_unusable("CUDA_VISIBLE_DEVICES=''")
+
+
+@on_standin(STANDIN_VERSION=11080)
+def test_a_driver_that_is_too_old() -> None:
+    check_unusable("the driver supports CUDA 11.8, needed is 12.0")
+
+
+@on_standin(STANDIN_INIT=803)
+def test_a_driver_of_another_version() -> None:
+    check_unusable("of different versions")
+
+
+@on_standin(STANDIN_INIT=804)
+def test_a_driver_without_forward_compatibility() -> None:
+    check_unusable("forward compatibility")
+
+
+@on_standin(STANDIN_INIT=999)
+def test_a_driver_that_cannot_start() -> None:
+    check_unusable("nvidia-uvm")
+
+
+@on_standin(STANDIN_INIT=46)
+def test_a_driver_with_an_error_of_its_own() -> None:
+    check_unusable("CUDA error 46")
+
+
+@pytest.mark.parametrize(("raised", "reason"), [(signal.SIGSEGV, "exit status -11"), (signal.SIGSTOP, "no answer")])
+def test_a_driver_that_crashes_or_hangs(raised: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment(STANDIN_SIGNAL=int(raised)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("gpuconst.environment.PATIENCE", 3)
+    found = gpuconst.info()
+    assert f"the probe of the GPU failed: {reason}" in found.default
+    *others, numpy = found.backends
+    assert all(reason in str(row.why_not) for row in others)
+    assert numpy.why_not is None
+
+
+@on_standin(STANDIN_CAPABILITY=70)
+def test_a_card_that_the_compiler_has_dropped() -> None:
+    check_unusable("Numba cannot compile for sm_70 (GPU compute capability 7.0 is not supported", backend="numba")
+
+
+def test_no_driver(tmp_path: Path, run_python: Callable[..., str]) -> None:
+    (tmp_path / "libcuda.so.1").touch()
+    code = """
+    import test_cuda_selection
+    test_cuda_selection.check_unusable("no NVIDIA driver")
+    """
+    run_python(code, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
+
+
+@on_standin(MISSING="numba-cuda", GPUCONST_BACKEND="")
+def test_missing_packages() -> None:
+    import sys
+
+    sys.modules["numba_cuda"] = None  # type: ignore[assignment]
+    sys.modules["cupy"] = None  # type: ignore[assignment]
+    with pytest.raises(gpuconst.DeviceUnavailableError) as raised:
+        gpuconst.full(3, 1.0, device="cuda")
+    assert "cupy: CuPy is not installed; pip install" in str(raised.value)
+    assert "numba: numba-cuda is not installed; pip install" in str(raised.value)
+    assert gpuconst.full(3, 1.0).device == "cpu"
+
+
+@on_standin(FORKS="yes")
+def test_forked_after_cuda_was_initialised() -> None:
+    assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            with pytest.raises(gpuconst.DeviceUnavailableError, match="forked after CUDA was initialised"):
+                gpuconst.full(3, 1.0, device="cuda")
+            os.environ.pop("GPUCONST_BACKEND", None)
+            assert gpuconst.full(3, 1.0).device == "cpu"
+            found = gpuconst.info()
+            assert found.default == "cpu (numpy)"
+            assert all("forked after CUDA was initialised" in str(row.why_not) for row in found.backends[:2])
+            os.write(writer, b"as it should")
+        finally:
+            os._exit(0)
+    os.close(writer)  # or a child that says nothing would be waited for
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"as it should"
+    assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"
+
+
+@on_standin(INITIALISED_BY="others")
+def test_forked_after_others_initialised_cuda() -> None:
+    assert driver().cuInit(0) == 0
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            found = gpuconst.info()
+            assert all("forked after CUDA was initialised" in str(row.why_not) for row in found.backends[:2])
+            os.write(writer, b"as it should")
+        finally:
+            os._exit(0)
+    os.close(writer)  # or a child that says nothing would be waited for
+    os.waitpid(child, 0)
+    assert os.read(reader, 100) == b"as it should"
+
+
+def test_cpu_work_calls_no_driver(run_python: Callable[..., str]) -> None:
+    settings = environment()
+    code = """
+    import gpuconst, numpy
+    array = gpuconst.full((1000, 3), 1.5, device="cpu")
+    gpuconst.fill(array, 2)
+    buffers = [numpy.empty(1000), numpy.empty(7)]
+    gpuconst.fill_many(buffers, 3)
+    gpuconst.plan_fill(buffers, 4).fill()
+    numpy.from_dlpack(array), array.to_numpy(), gpuconst.shares_memory(array, array)
+    """
+    run_python(code, **settings)
+    assert not Path(settings["STANDIN_LOG"]).exists()
+    run_python("import gpuconst; gpuconst.zeros(3, device='cuda')", **settings)
+    assert Path(settings["STANDIN_LOG"]).exists()
+
+
+@on_standin(INFO="yes")
+def test_info_leaves_this_process_free_to_fork() -> None:
+    assert "cuda:1: Stand-in 1, compute capability 9.0, 1 GiB" in str(gpuconst.info())
+    assert not any(line.startswith("cuDevicePrimaryCtxRetain") for line in calls())
+    child = os.fork()
+    if not child:
+        os._exit(0 if gpuconst.full(3, 1.0, device="cuda").device == "cuda:0" else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -1,0 +1,337 @@
+"""Streams, on stand-in devices: who waits for whom, when memory goes back to its pool, capture into graphs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from cuda_standin import (
+    Foreign,
+    alive,
+    calls,
+    current_context,
+    current_device,
+    driver,
+    launches,
+    new_stream,
+    on_standin,
+)
+
+import gpuconst
+
+pytestmark = pytest.mark.needs("numba_cuda")
+
+
+def between(start: str, *names: str) -> list[str]:
+    """Return the calls of some functions after the last one that starts with `start`."""
+    lines = calls()
+    last = max(k for k, line in enumerate(lines) if line.startswith(start))
+    return [line for line in lines[last:] if line.split()[0] in names]
+
+
+@on_standin()
+def test_full_on_a_stream() -> None:
+    stream = new_stream(1)
+    array = gpuconst.full(10, 1.0, device="cuda:1", stream=stream)
+    assert calls("launch") == [f"launch fill_run grid=1 block=256 stream={stream:#x} device=1"]
+    assert calls("cuMemAllocFromPoolAsync") == [f"cuMemAllocFromPoolAsync nbytes=40 stream={stream:#x}"]
+    assert array.__cuda_array_interface__["stream"] == stream
+    del array
+    assert calls("cuMemFreeAsync") == [f"cuMemFreeAsync stream={stream:#x}"]
+
+
+@on_standin()
+def test_a_stream_is_taken_from_anything_that_has_one() -> None:
+    from cuda.core import Device
+
+    handle = new_stream()
+
+    class Speaks:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, handle
+
+    with current_device(0):
+        Device(0).set_current()
+        stream = Device(0).create_stream(Speaks())
+    for given in (handle, Speaks(), stream):
+        gpuconst.full(10, 1.0, device="cuda", stream=given)
+    assert [line.split()[4] for line in calls("launch")] == [f"stream={handle:#x}"] * 3
+
+
+@on_standin()
+def test_a_consumer_waits_for_the_producer() -> None:
+    producer, consumer = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    array.__dlpack__(stream=consumer, max_version=(1, 1))
+    record, wait = between("launch", "cuEventRecord", "cuStreamWaitEvent")
+    event = record.split()[1]
+    assert record == f"cuEventRecord {event} stream={producer:#x}"
+    assert wait == f"cuStreamWaitEvent stream={consumer:#x} {event}"
+    assert not alive("e")
+
+
+@pytest.mark.parametrize("consumer", ["the producer", -1])
+@on_standin()
+def test_no_event_where_there_is_nothing_to_wait_for(consumer: Any) -> None:
+    producer = new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    array.__dlpack__(stream=producer if consumer == "the producer" else consumer)
+    assert not calls("cuEventRecord", "cuStreamWaitEvent")
+
+
+@on_standin()
+def test_memory_is_given_back_after_its_consumers_are_done() -> None:
+    producer, first, second = new_stream(), new_stream(), new_stream()
+    array = gpuconst.full(1000, 1.0, device="cuda", stream=producer)
+    capsules = [array.__dlpack__(stream=stream, max_version=(1, 1)) for stream in (first, second, first, producer)]
+    before = len(calls())
+    del array
+    assert [line for line in calls()[before:] if "Free" in line] == []
+    del capsules
+    gc.collect()
+    ended = [line.split() for line in calls()[before:]]
+    recorded = [line for line in ended if line[0] == "cuEventRecord"]
+    waited = [line for line in ended if line[0] == "cuStreamWaitEvent"]
+    assert len(recorded) == len(waited) == 2  # each consumer once, the producer never
+    names = [line[0] for line in ended]
+    assert names.index("cuMemFreeAsync") > max(n for n, name in enumerate(names) if name == "cuStreamWaitEvent")
+
+
+@on_standin()
+def test_an_array_keeps_its_stream_and_nothing_else_does() -> None:
+    class Stream:
+        def __init__(self) -> None:
+            self.handle = new_stream()
+
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, self.handle
+
+    stream = Stream()
+    noticed = weakref.ref(stream)
+    array = gpuconst.full(1000, 1.0, device="cuda", stream=stream)
+    capsule = array.__dlpack__(stream=-1, max_version=(1, 1))
+    del stream, array
+    gc.collect()
+    assert noticed() is not None
+    del capsule
+    gc.collect()
+    assert noticed() is None
+
+
+@on_standin()
+def test_filling_on_another_stream_waits_for_the_first() -> None:
+    first, second = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=first)
+    gpuconst.fill(array, 2.0, stream=second)
+    record, wait, launch = between("launch fill_run grid=1 block=256 stream=" + hex(first), *FENCES)[1:]
+    assert record.endswith(f"stream={first:#x}")
+    assert wait.startswith(f"cuStreamWaitEvent stream={second:#x}")
+    assert f"stream={second:#x}" in launch
+    assert array.__cuda_array_interface__["stream"] == second
+
+
+@pytest.mark.parametrize("use", ["fill_many", "plan"])
+@on_standin()
+def test_arrays_are_filled_on_the_stream_that_they_name(use: str) -> None:
+    streams = [new_stream(), new_stream()]
+    array = gpuconst.zeros(100, device="cuda")
+    parts = [Foreign(array, 40 * n, shape=(10,), stream=stream) for n, stream in enumerate(streams)]
+    before = len(calls("launch", "cuStreamWaitEvent"))
+    if use == "fill_many":
+        gpuconst.fill_many(parts, 1.0)
+    else:
+        gpuconst.plan_fill(parts, 1.0).fill()
+    first, second = (f"stream={stream:#x}" for stream in streams)
+    wait, launch, waits = calls("launch", "cuStreamWaitEvent")[before:]
+    assert wait.startswith(f"cuStreamWaitEvent {first} ")
+    assert f" {first} " in launch
+    assert waits.startswith(f"cuStreamWaitEvent {second} ")
+
+
+@on_standin()
+def test_a_stream_that_is_asked_for_waits_for_those_that_arrays_name() -> None:
+    named, asked = new_stream(), new_stream()
+    array = gpuconst.zeros(100, device="cuda")
+    parts = [Foreign(array, 40 * n, shape=(10,), stream=named) for n in range(2)]
+    plan = gpuconst.plan_fill(parts, 1.0)
+    before = len(calls(*FENCES))
+    plan.fill(stream=asked)
+    record, wait, launch = calls(*FENCES)[before:]
+    assert record.endswith(f"stream={named:#x}")
+    assert wait.startswith(f"cuStreamWaitEvent stream={asked:#x}")
+    assert f"stream={asked:#x}" in launch
+
+
+FENCES = ("cuEventRecord", "cuStreamWaitEvent", "launch", "cuMemcpyAsync", "cuStreamSynchronize")
+
+
+@pytest.mark.parametrize("use", ["export", "fill", "fill_many", "plan"])
+@on_standin()
+def test_memory_is_given_back_after_the_streams_that_use_it(use: str) -> None:
+    producer, consumer = new_stream(), new_stream()
+    arrays = [gpuconst.full(10, 1.0, device="cuda", stream=producer)]
+    if use == "export":
+        arrays = [arrays.pop().__dlpack__(stream=consumer, max_version=(1, 1))]
+    elif use == "fill":
+        gpuconst.fill(arrays[0], 2.0, stream=consumer)
+    elif use == "fill_many":
+        gpuconst.fill_many(arrays, 2.0, stream=consumer)
+    else:
+        gpuconst.plan_fill(arrays, 2.0).fill(stream=consumer)
+    names = ("cuEventRecord", "cuStreamWaitEvent", "cuMemFreeAsync")
+    before = calls(*names)
+    arrays.clear()
+    record, wait, free = calls(*names)[len(before) :]
+    event = record.split()[1]
+    assert record == f"cuEventRecord {event} stream={consumer:#x}"
+    assert wait == f"cuStreamWaitEvent stream={producer:#x} {event}"
+    assert free == f"cuMemFreeAsync stream={producer:#x}"
+
+
+@on_standin()
+def test_memory_is_given_back_although_a_stream_that_used_it_is_gone() -> None:
+    producer, consumer = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    gpuconst.fill(array, 2.0, stream=consumer)
+    driver().cuStreamDestroy_v2(ctypes.c_void_p(consumer))
+    del array
+    assert not alive("m")
+    assert not alive("e")
+    assert current_context() == 0
+
+
+@on_standin()
+def test_to_numpy_copies_in_stream_order_and_waits() -> None:
+    stream = new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=stream)
+    array.to_numpy()
+    _, copy, wait = between("launch", *FENCES)
+    assert copy == f"cuMemcpyAsync nbytes=40 stream={stream:#x}"
+    assert wait == f"cuStreamSynchronize stream={stream:#x}"
+
+
+@on_standin()
+def test_a_table_is_freed_after_the_fill_that_reads_it() -> None:
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    before = len(calls())
+    gpuconst.fill_many(arrays, 1.0)
+    names = [line.split()[0] for line in calls()[before:]]
+    ordered = [
+        name for name in names if name in ("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch", "cuMemFreeAsync")
+    ]
+    assert ordered == ["cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch", "cuMemFreeAsync"]
+
+
+@on_standin()
+def test_a_stream_of_another_device_is_refused() -> None:
+    stream = new_stream(1)
+
+    class Other:
+        device_index = 1
+
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, stream
+
+    with pytest.raises(ValueError, match="is a stream of cuda:1"):
+        gpuconst.full(10, 1.0, device="cuda:0", stream=Other())
+    assert not launches()
+
+
+@contextmanager
+def captured(stream: int) -> Iterator[None]:
+    """Capture the work of a stream, and check that nothing spoils it."""
+    driver().standin_capture(ctypes.c_void_p(stream))
+    try:
+        yield
+    finally:
+        assert not driver().standin_capture(None)
+
+
+@on_standin()
+def test_only_what_is_prepared_can_be_captured() -> None:
+    stream = new_stream()
+    arrays = [gpuconst.zeros(n, device="cuda", stream=stream) for n in (10, 20, 3000)]
+    plan = gpuconst.plan_fill(arrays, 1.0)
+    prepared = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")
+    with captured(stream):
+        with pytest.raises(RuntimeError, match="graph is being captured"):
+            gpuconst.full(10, 1.0, device="cuda", stream=stream)
+        with pytest.raises(RuntimeError, match="plan_fill"):
+            gpuconst.fill_many(arrays, 1.0, stream=stream)
+        assert calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch") == prepared
+        gpuconst.fill(arrays[0], 3.0, stream=stream)
+        gpuconst.fill(Foreign(arrays[2], shape=(7, 128), strides=(1600, 4)), 4.0, stream=stream)
+        gpuconst.plan_fill(arrays[:1], 5.0).fill(stream=stream)
+        plan.fill(stream=stream)
+    work = calls("cuMemAllocFromPoolAsync", "cuMemcpyAsync", "launch")[len(prepared) :]
+    assert [line.split()[:2] for line in work] == [
+        ["launch", "fill_run"],
+        ["launch", "fill_rows"],
+        ["launch", "fill_run"],
+        ["launch", "fill_runs"],
+    ]
+
+
+@on_standin()
+def test_what_is_done_beside_a_capture_does_not_spoil_it() -> None:
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    with captured(new_stream()):
+        gpuconst.fill_many(arrays, 1.0)
+        assert [array.to_numpy().max() for array in arrays] == [1.0, 1.0]
+        gpuconst.plan_fill(arrays, 2.0).fill()
+        made = gpuconst.full_many({"a": (3, 1.0, None), "b": (5, 2.0, None)}, device="cuda")
+        assert [array.to_numpy().max() for array in (*arrays, *made.values())] == [2.0, 2.0, 1.0, 2.0]
+
+
+@on_standin()
+def test_a_plan_makes_nobody_wait_before_it_is_gone() -> None:
+    first, second = new_stream(), new_stream()
+    arrays = [gpuconst.zeros(n, device="cuda", stream=first) for n in (10, 20)]
+    plan = gpuconst.plan_fill([Foreign(array, shape=array.shape) for array in arrays], 1.0)
+    before = calls("cuStreamWaitEvent")
+    for _ in range(3):
+        plan.fill(stream=second)
+    assert calls("cuStreamWaitEvent") == before
+    del plan
+    gc.collect()
+    (wait,) = calls("cuStreamWaitEvent")[len(before) :]
+    assert wait.startswith("cuStreamWaitEvent stream=")
+
+
+@on_standin(CAPTURE="first")
+def test_capture_may_be_the_first_use() -> None:
+    stream = new_stream()
+    with captured(stream), pytest.raises(RuntimeError, match="graph is being captured"):
+        gpuconst.full(10, 1.0, device="cuda", stream=stream)
+
+
+@on_standin(CAPTURE="kernels")
+def test_kernels_are_loaded_while_a_graph_is_captured() -> None:
+    stream = new_stream()
+    array = gpuconst.full((64, 64), 1.0, device="cuda:0", stream=stream)  # with the one kernel that is loaded then
+    plan = gpuconst.plan_fill([Foreign(array, shape=(10,)), Foreign(array, 80, shape=(5,), strides=(12,))], 3.0)
+    with captured(stream):
+        gpuconst.fill(Foreign(array, shape=(5,), strides=(8,)), 2.0, stream=stream)
+        plan.fill(stream=stream)
+    assert [launch.split()[0] for launch in launches()[1:]] == ["fill_strided32", "fill_run", "fill_strided32"]
+
+
+@pytest.mark.parametrize("use", ["fill", "plan"])
+@on_standin()
+def test_a_captured_fill_does_not_wait_for_what_is_not_captured(use: str) -> None:
+    stream = new_stream()
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    plan = gpuconst.plan_fill(arrays, 1.0)
+    with captured(stream):
+        if use == "fill":
+            gpuconst.fill(arrays[0], 3.0, stream=stream)
+        else:
+            plan.fill(stream=stream)
+    assert f"stream={stream:#x}" in calls("launch")[-1]
+    gpuconst.fill(arrays[0], 2.0, stream=new_stream())
+    assert (arrays[0].to_numpy() == 2.0).all()
