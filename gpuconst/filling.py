@@ -16,7 +16,7 @@ from .dtypes import resolve_dtype
 from .kernels import host_fill
 from .kernels.runs import Region
 from .log import debug
-from .streams import check_captured, current_stream, stream_handle
+from .streams import check_captured, current_streams, stream_handle
 from .torch_rules import (
     check_eager,
     check_writable,
@@ -131,7 +131,8 @@ def _owners_stream(x: Any, view: View, place: Place) -> int:
     """Return the handle of the stream that orders work on an array."""
     if place.device == "cpu":
         return 0
-    handle = view.stream if view.stream is not None else current_stream(type(x), place.ordinal) or 0
+    theirs = current_streams([type(x)], place.ordinal) if view.stream is None else [view.stream]
+    handle = theirs[0] if theirs else 0
     check_captured(handle, place)
     return handle
 
@@ -373,8 +374,7 @@ class _Step:
             return 0, []
         if stream is not None:
             return stream_handle(stream, self.place), self._batch.streams
-        current = [current_stream(kind, self.place.ordinal) for kind in self._kinds]
-        handles = [handle for handle in current if handle is not None] + self._batch.streams
+        handles = current_streams(self._kinds, self.place.ordinal) + self._batch.streams
         first, *others = dict.fromkeys(handles or [array._stream for array in self._ours[:1]] or [0])
         check_captured(first, self.place)
         return first, others

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, Self
 
 from .backends import Place
 from .kernels import cuda_driver
 
-__all__ = ["check_captured", "consumer_handle", "current_stream", "stream_handle"]
+__all__ = ["check_captured", "consumer_handle", "current_streams", "stream_handle"]
 
 
 class _Handle(int):
@@ -129,24 +130,26 @@ def check_captured(handle: int, place: Place) -> None:
         )
 
 
-def current_stream(kind: type, ordinal: int) -> int | None:
-    """Return the handle of the stream on which the framework of some arrays works at the moment.
+def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
+    """Return the handles of the streams on which the frameworks of some arrays work at the moment.
 
     Parameters
     ----------
-    kind : type
+    kinds : iterable of type
         Of the arrays.
     ordinal : int
         Of the GPU.
 
     Returns
     -------
-    int or None
-        None where they are of no framework that has a current stream.
+    list of int
+        One for each framework that has a current stream there, torch's first.
     """
+    handles = []
     torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    if torch is not None and issubclass(kind, getattr(torch, "Tensor", ())):
-        return int(torch.cuda.current_stream(ordinal).cuda_stream) if torch.cuda.is_initialized() else None
-    if cupy is not None and issubclass(kind, getattr(cupy, "ndarray", ())):
-        return int(cupy.cuda.get_current_stream(ordinal).ptr)
-    return None
+    tensor, array = getattr(torch, "Tensor", ()), getattr(cupy, "ndarray", ())
+    if torch is not None and any(issubclass(kind, tensor) for kind in kinds) and torch.cuda.is_initialized():
+        handles.append(int(torch.cuda.current_stream(ordinal).cuda_stream))
+    if cupy is not None and any(issubclass(kind, array) for kind in kinds):
+        handles.append(int(cupy.cuda.get_current_stream(ordinal).ptr))
+    return handles

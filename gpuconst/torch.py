@@ -105,16 +105,20 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         for tensor in tensors:
             tensor.check(homes.given)
         ruled = [weight for weight in weights if weight.rule is not None]
+        for weight in ruled:
+            weight.check()
         originals = [weight.originals(homes) for weight in ruled if not callable(weight.value)]
+        computed: dict[int, list[_Weight]] = {}  # by functions, whose turn is that of the first original
+        for weight in ruled:
+            if callable(weight.value):
+                computed.setdefault(id(weight.tensors[0]), []).append(weight)
 
         unfilled = _make([tensor for tensor in tensors if not tensor.has_memory], homes)
         unfilled += [tensor for tensor in tensors if tensor.has_memory and tensor.element is not None]
         for tensor in tensors:
             if tensor.rule is not None and callable(tensor.value):
                 _initialise(tensor.value, tensor.made, tensor.said)
-            for weight in ruled:
-                if weight.tensors[0] is tensor and callable(weight.value):
-                    originals.append(weight.originals(homes))
+            originals += [weight.originals(homes) for weight in computed.get(id(tensor), ())]
         if unfilled:
             fill_many([tensor.made for tensor in unfilled], [tensor.element for tensor in unfilled])
         for tensor, values in itertools.chain.from_iterable(originals):
@@ -216,19 +220,26 @@ class _Weight(_Named):
         self.computed = computed
         self.tensors = tensors
 
-    def originals(self, homes: _Homes) -> list[tuple[_Tensor, torch.Tensor]]:
-        """Return what to put into the originals, so that the weight is what its rule says."""
+    @property
+    def _about(self) -> _Said:
         names = ", ".join(repr(tensor.names[0]) for tensor in self.tensors)
-        first = self.tensors[0]
-        where = first.tensor.device if first.has_memory else homes.of(first.tensor)
-        said = _Said(self, f"; set {names} by rules of their own")
-        with said:
+        return _Said(self, f"; set {names} by rules of their own")
+
+    def check(self) -> None:
+        """Raise where the weight cannot be set through its originals, whatever its value."""
+        with self._about:
             if any(is_dtensor(tensor.tensor) for tensor in self.tensors):
                 raise ValueError("a sharded weight is not set through its originals")
-            weight = torch.empty_like(self.computed.outline(), device=where)
+            self.computed.outline()
+
+    def originals(self, homes: _Homes) -> list[tuple[_Tensor, torch.Tensor]]:
+        """Return what to put into the originals, so that the weight is what its rule says."""
+        first = self.tensors[0]
+        where = first.tensor.device if first.has_memory else homes.of(first.tensor)
+        weight = torch.empty_like(self.computed.outline(), device=where)
         if callable(self.value):
             _initialise(self.value, weight, self.said)
-        with said:
+        with self._about:
             if not callable(self.value):
                 fill(weight, self.value)
             return list(zip(self.tensors, self.computed.originals_of(weight), strict=True))

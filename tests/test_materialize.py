@@ -398,6 +398,14 @@ def test_a_parametrization_with_state_is_refused() -> None:
         assert torch.equal(value, before[name])
 
 
+def test_it_is_refused_before_any_function_runs() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), spectral_norm(nn.Linear(3, 4)))
+    before = module[0].weight.clone()  # type: ignore[operator]
+    with pytest.raises(ValueError, match="depends on"):
+        materialize_(module, {"*": nn.init.zeros_})
+    assert torch.equal(module[0].weight, before)  # type: ignore[arg-type]
+
+
 def test_a_parametrization_that_has_no_such_value_is_refused() -> None:
     module: Any = orthogonal(nn.Linear(3, 3), orthogonal_map="householder", use_trivialization=False)
     with pytest.raises(ValueError, match="Orthogonal cannot give that weight"):
