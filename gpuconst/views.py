@@ -25,7 +25,7 @@ from .torch_rules import Columns, are_plain, has_memory, is_tensor, local_part
 __all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory", "view_of"]
 
 _CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
-#: What NumPy tries, to find out whether strided arrays intersect: a tenth of a second.
+#: What NumPy tries, to find out whether strided arrays intersect: hundredths of a second.
 _MAX_WORK = 1_000_000
 _READ_ONLY = "it is read-only; fill a copy of it"
 
@@ -151,7 +151,7 @@ def shares_memory(a: Any, b: Any) -> bool:
     -------
     bool
         False where they are on different devices, or one of them is empty. True too where their address
-        ranges intersect and it would take seconds to find out whether their elements do.
+        ranges intersect and it would take long to find out whether their elements do.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from .host_fill import (
     PIECE,
     SMALLEST_SHARED,
     UNSIGNED,
-    assign,
+    assign_as_it_is,
     fill_stretch,
     laid_over,
 )
@@ -107,7 +107,7 @@ def fill(region: Region, index: int, stream: int) -> None:
 
 def _filler(region: Region) -> Callable[[], None]:
     """Return what fills a region of at least one element."""
-    return partial(assign, laid_over(region), region.element)
+    return partial(assign_as_it_is, laid_over(region), region.element)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:

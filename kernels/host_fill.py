@@ -28,6 +28,7 @@ __all__ = [
     "SMALLEST_SHARED",
     "UNSIGNED",
     "assign",
+    "assign_as_it_is",
     "fill_stretch",
     "laid_over",
 ]
@@ -97,13 +98,18 @@ def assign(array: np.ndarray, element: bytes) -> None:
     element : bytes
         As long as an element of the array.
     """
-    if array.nbytes >= BY_ADDRESS:
-        if not array.flags.c_contiguous:  # in other order it may be one stretch, and be small where strides are 0
-            array = laid_over(Region(array.ctypes.data, array.shape, array.strides, element))
-        if array.flags.c_contiguous:
-            fill_stretch(array.ctypes.data, array.nbytes, element)
-            return
-    array[...] = _scalar(element, array.dtype)
+    if array.nbytes >= BY_ADDRESS and not array.flags.c_contiguous:
+        # In other order it may be one stretch, and be small where strides are 0.
+        array = laid_over(Region(array.ctypes.data, array.shape, array.strides, element))
+    assign_as_it_is(array, element)
+
+
+def assign_as_it_is(array: np.ndarray, element: bytes) -> None:
+    """Fill a NumPy array that is small, or of the fewest dimensions already; see `assign`."""
+    if array.nbytes >= BY_ADDRESS and array.flags.c_contiguous:
+        fill_stretch(array.ctypes.data, array.nbytes, element)
+    else:
+        array[...] = _scalar(element, array.dtype)
 
 
 def laid_over(region: Region) -> np.ndarray:
