@@ -51,5 +51,7 @@ def snapshot(revision: str | None, folder: Path) -> Path:
 def commit() -> str:
     """Return the short name of the working tree's commit, with a mark where it has been changed since."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    if shutil.which("git") is None:
+        return "unknown"
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -17,6 +17,7 @@ from .backends import Place, select
 from .batch import tiles
 from .dtypes import DType, resolve_dtype
 from .errors import about, brief
+from .kernels.cuda_driver import on_any_thread
 from .kernels.host_fill import fill_stretch
 from .kernels.host_memory import ALIGNMENT
 from .kernels.runs import RUN
@@ -89,7 +90,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     place = select(device)
     handle = 0 if stream is None and place.device == "cpu" else stream_handle(stream, place)
     memory, address = place.module.full(nbytes, element, place.ordinal, handle)
-    return Array(memory, address, dims, row, place, handle)
+    return Array(memory, address, dims, row, place, handle and on_any_thread(handle))
 
 
 def zeros(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any = None) -> Array:
@@ -194,7 +195,8 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
         filled = _filled_in_turn(names, shapes, values, rows, place)
     else:
         filled = _filled_at_once(names, shapes, values, rows, place, handle)
-    arrays = map(Array, repeat(filled.memory), filled.addresses, filled.shapes, rows, repeat(place), repeat(handle))
+    used_on = repeat(on_any_thread(handle))
+    arrays = map(Array, repeat(filled.memory), filled.addresses, filled.shapes, rows, repeat(place), used_on)
     made: dict[str, Any] = dict(specs)  # with room for all, where a new one would grow step by step
     made.update(zip(names, arrays, strict=True))
     seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ from .backends import Place, select
 from .batch import Batch, each_with_value, gather, writable_view
 from .dtypes import resolve_dtype
 from .kernels import host_fill
+from .kernels.cuda_driver import on_any_thread
 from .kernels.runs import Region
 from .log import debug
 from .streams import check_captured, current_streams, stream_handle
@@ -107,7 +108,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     if is_torch:
         mark_written([x])
     elif isinstance(x, Array):
-        x._stream = handle
+        x._stream = on_any_thread(handle)
     return x
 
 
@@ -362,7 +363,7 @@ class _Step:
         for array in self._ours:
             if array._stream != handle:
                 place.module.hand_over(array._memory, array._stream, handle)
-                array._stream = handle
+                array._stream = on_any_thread(handle)
         self._run(handle)
         if stream is None:  # otherwise it is the caller who orders what comes after it
             for other in others:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
-from typing import Any, Self
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 from .backends import Place
 from .kernels import cuda_driver
+from .kernels.cuda_lease import Handle
 
 __all__ = ["check_captured", "consumer_handle", "current_streams", "stream_handle"]
-
-
-class _Handle(int):
-    """A handle that keeps its stream alive: memory is given back on it, long after the call it was given to."""
-
-    owner: Any
-
-    def __new__(cls, value: int, owner: Any) -> Self:
-        handle = super().__new__(cls, value)
-        handle.owner = owner
-        return handle
 
 
 def stream_handle(stream: Any, place: Place) -> int:
@@ -58,11 +49,11 @@ def stream_handle(stream: Any, place: Place) -> int:
     if isinstance(index, int) and index >= 0 and index != place.ordinal:
         raise ValueError(f"{stream!r} is a stream of cuda:{index}, the memory is on {place.device}")
     if hasattr(stream, "__cuda_stream__"):
-        return _Handle(stream.__cuda_stream__()[1], stream)
+        return cast(int, Handle(stream.__cuda_stream__()[1], stream))
     for name in ("cuda_stream", "ptr", "handle"):  # torch; CuPy; Numba
         handle = getattr(stream, name, None)
         if handle is not None:
-            return _Handle(getattr(handle, "value", handle) or 0, stream)
+            return cast(int, Handle(getattr(handle, "value", handle) or 0, stream))
     if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
         return stream
     raise TypeError(
@@ -115,19 +106,27 @@ def check_captured(handle: int, place: Place) -> None:
     RuntimeError
         If the current stream of torch or CuPy is another one, and is being captured.
     """
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # of a torch that is being imported there is none
-    current, name = handle, ""
-    if cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing():
-        current, name = cuda.current_stream(place.ordinal).cuda_stream, "torch.cuda.current_stream()"
-    elif place.backend == "cupy":  # CuPy can be there and not work, when the backend is another
-        theirs = sys.modules["cupy"].cuda.get_current_stream(place.ordinal).ptr
-        if theirs and theirs != handle and cuda_driver.is_capturing(place.ordinal, theirs):
-            current, name = theirs, "cupy.cuda.get_current_stream()"
-    if current != handle:
-        raise RuntimeError(
-            f"a CUDA graph is being captured on {name}, and what goes to another stream runs now, not when the graph "
-            f"does; pass stream={name}"
-        )
+    for theirs, name in _may_be_captured(place.ordinal):
+        if theirs != handle and theirs and cuda_driver.is_capturing(place.ordinal, theirs):
+            raise RuntimeError(
+                f"a CUDA graph is being captured on {name}, and what goes to another stream runs now, not when the "
+                f"graph does; pass stream={name}"
+            )
+
+
+def _may_be_captured(ordinal: int) -> Iterator[tuple[int, str]]:
+    """Give the current stream of each framework, and what it is called, unless it is known not to be captured."""
+    # Of a module that is being imported there may be no parts.
+    torch, cupy = (getattr(sys.modules.get(name), "cuda", None) for name in ("torch", "cupy"))
+    if torch is not None and torch.is_initialized():
+        asked = torch.current_device() == ordinal  # of other devices it says nothing
+        if not asked or torch.is_current_stream_capturing():
+            yield torch.current_stream(ordinal).cuda_stream, "torch.cuda.current_stream()"
+    if cupy is not None:
+        current = 0
+        with contextlib.suppress(Exception):  # it can be there and not work
+            current = cupy.get_current_stream(ordinal).ptr
+        yield current, "cupy.cuda.get_current_stream()"
 
 
 def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
@@ -151,5 +150,6 @@ def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
     if torch is not None and any(issubclass(kind, tensor) for kind in kinds) and torch.cuda.is_initialized():
         handles.append(int(torch.cuda.current_stream(ordinal).cuda_stream))
     if cupy is not None and any(issubclass(kind, array) for kind in kinds):
-        handles.append(int(cupy.cuda.get_current_stream(ordinal).ptr))
+        current = cupy.cuda.get_current_stream(ordinal)
+        handles.append(Handle(current.ptr, current))  # which CuPy destroys with its object
     return handles

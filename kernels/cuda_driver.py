@@ -31,6 +31,7 @@ _PARAMETERS = {
 }
 #: Words that a launch can pass.
 MOST_PARAMETERS = 16
+_LEGACY, _PER_THREAD = 0, 2  # default streams; 1 is the legacy one too
 _DISABLE_TIMING = 2
 _CAPTURE_RELAXED = 2
 _CAPTURE_IMPLICIT = 906  # the legacy default stream, while another stream is captured
@@ -304,8 +305,9 @@ def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None
 
     Host memory must live until the stream has come that far.
     """
-    with primary_context(index):
-        _check(_library().cuMemcpyAsync(target, source, nbytes, stream))
+    if nbytes:
+        with primary_context(index):
+            _check(_library().cuMemcpyAsync(target, source, nbytes, stream))
 
 
 #: Host arrays that a copy may still be reading, with the events that say when it is done.
@@ -332,18 +334,37 @@ def order(first: int, then: int, index: int) -> None:
 
     Not if only one of them is being captured: a graph cannot wait for what is not part of it, nor anything for
     the graph, which has not run. When it does, whoever launches it orders that.
+
+    Raises
+    ------
+    RuntimeError
+        If one is the legacy default stream, which is closed while another one is captured.
     """
     if (first or 1) == (then or 1):  # 0 and 1 are the legacy default stream
         return
     cuda = _library()
     with primary_context(index):
-        if bool(_captured(first)) != bool(_captured(then)):
+        captured = _captured(first), _captured(then)
+        if True in captured and captured != (True, True):
             return
+        if None in captured:
+            raise RuntimeError(
+                "the legacy default stream cannot be waited for, nor wait, while a CUDA graph is captured on a stream "
+                "that it synchronises with; wait until the capture has ended, or capture on a non-blocking stream"
+            )
         event = _record(first)
         try:
             _check(cuda.cuStreamWaitEvent(then, event, 0))
         finally:
             cuda.cuEventDestroy_v2(event)
+
+
+def on_any_thread(stream: int) -> int:
+    """Return the handle to remember a stream by, where another thread may use it.
+
+    The per-thread default stream is each thread's own. The legacy one is ordered with all of them, and stands for it.
+    """
+    return stream if stream > _PER_THREAD else _LEGACY
 
 
 def _record(stream: int) -> ctypes.c_void_p:

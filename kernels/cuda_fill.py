@@ -98,6 +98,6 @@ def prepare(
         for launch in launches:
             start(launch, index, on)
         if memory is not None:
-            memory.users.add(on)  # the table goes back to its pool when they are done with it
+            memory.used_on(on)  # the table goes back to its pool when they are done with it
 
     return fill

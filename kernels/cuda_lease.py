@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from . import cuda_driver
+
+
+class Handle(int):
+    """A stream's handle that keeps the stream alive: memory is given back on it long after the call it came with.
+
+    Attributes
+    ----------
+    owner : object
+        The stream.
+    """
+
+    owner: Any
+
+    def __new__(cls, value: int, owner: Any = None) -> Self:
+        """Return the handle `value` of a stream."""
+        handle = super().__new__(cls, value)
+        handle.owner = owner
+        return handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Speak the protocol of CUDA's Python libraries: its version, and the handle."""
+        return 0, int(self)
 
 
 class Lease:
@@ -15,7 +38,8 @@ class Lease:
 
     Pools give freed memory to the next request in the order of the stream that it was allocated on.
     Work on another stream, a consumer's, may still be reading it by then, so that stream is waited for
-    first, on the device. A stream must live as long as memory that was handed to it.
+    first, on the device. While one of them is captured into a CUDA graph nothing can be ordered after it, and
+    to free memory on it would spoil the graph: the memory is kept until the capture has ended.
 
     Parameters
     ----------
@@ -25,29 +49,68 @@ class Lease:
         Of the device.
     stream : int
         Handle of the stream that the memory was allocated on.
+    by_stream : bool
+        Whether to give it back is itself work of the stream, and not of the host alone.
 
     Attributes
     ----------
     index : int
         Of the device.
-    users : set of int
-        Handles of the streams it was handed to.
     """
 
-    __slots__ = ("_memory", "_stream", "index", "users")
+    __slots__ = ("_by_stream", "_memory", "_stream", "_users", "index")
 
-    def __init__(self, memory: Any, index: int, stream: int) -> None:
+    def __init__(self, memory: Any, index: int, stream: int, *, by_stream: bool) -> None:
         self._memory = memory
         self.index = index
         self._stream = stream
-        self.users: set[int] = set()
+        self._by_stream = by_stream
+        self._users: dict[int, int] = {}
+        self.used_on(stream)
+
+    def used_on(self, stream: int) -> None:
+        """Have the memory wait for what a stream has been given, before it goes back.
+
+        A stream that is known by its number alone must live as long as the memory.
+        """
+        stream = cuda_driver.on_any_thread(stream)
+        if stream != self._stream and not isinstance(self._users.get(stream), Handle):
+            self._users[stream] = stream
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if finalizing():  # nobody gets the memory next, and consumers' streams are gone
             return
-        for stream in self.users:
-            with contextlib.suppress(Exception):  # the context is gone, and what ran in it
+        if not self._given_back():
+            _kept.append(self)
+
+    def _given_back(self) -> bool:
+        """Give the memory back, and say whether that could be done."""
+        users = list(self._users.values())
+        if users or self._by_stream:
+            for stream in (self._stream, *users):
+                with contextlib.suppress(RuntimeError):  # the stream is gone, or its context
+                    if cuda_driver.is_capturing(self.index, stream):
+                        return False
+        for stream in users:
+            with contextlib.suppress(RuntimeError):
                 cuda_driver.order(stream, self._stream, self.index)
+        self._memory = None  # before its stream goes
+        return True
+
+
+#: What could not be given back while a graph was captured.
+_kept: deque[Lease] = deque()
+
+
+def give_back() -> None:
+    """Give back the memory that was kept because of a capture, as far as that has ended."""
+    for _ in range(len(_kept)):
+        try:
+            lease = _kept.popleft()
+        except IndexError:  # another thread was faster
+            return
+        if not lease._given_back():
+            _kept.append(lease)
 
 
 def hand_over(memory: Lease, first: int, then: int) -> None:
@@ -61,4 +124,4 @@ def hand_over(memory: Lease, first: int, then: int) -> None:
         Handles of streams.
     """
     cuda_driver.order(first, then, memory.index)
-    memory.users.add(then)
+    memory.used_on(then)

@@ -14,7 +14,7 @@ from gpuconst.errors import first_line
 
 from . import cuda_driver, cuda_fill
 from .cuda_driver import INSTALL, copy, current_index, order, synchronize
-from .cuda_lease import Lease, hand_over
+from .cuda_lease import Handle, Lease, give_back, hand_over
 from .runs import (
     BLOCK,
     CHUNK,
@@ -121,23 +121,35 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
     import cupy
 
     cuda_driver.refuse_capture(index, stream)
+    give_back()
     try:
-        memory = _take(nbytes or 1, index, stream)  # a size of 0 has no address
-    except (MemoryError, cupy.cuda.runtime.CUDARuntimeError) as error:
-        if getattr(error, "status", _OUT_OF_MEMORY) != _OUT_OF_MEMORY:
+        memory, current = _take(nbytes or 1, index, stream)  # a size of 0 has no address
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
             raise
         raise cuda_driver.out_of_memory(nbytes, index) from error
-    return Lease(memory, index, stream), memory.ptr
+    if isinstance(memory.mem, cupy.cuda.memory.PooledMemory):  # which goes back on the host
+        return Lease(memory, index, stream, by_stream=False), memory.ptr
+    # Other allocators free in the stream's order, and may know the stream by a weak reference.
+    return Lease(memory, index, Handle(stream, (stream, current)), by_stream=True), memory.ptr
 
 
-def _take(nbytes: int, index: int, stream: int) -> Any:
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocator of CuPy, or of torch in its place, has found no room."""
+    status = getattr(error, "status", None)
+    return isinstance(error, MemoryError) or status == _OUT_OF_MEMORY or type(error).__name__ == "OutOfMemoryError"
+
+
+def _take(nbytes: int, index: int, stream: int) -> tuple[Any, Any]:
+    """Return memory, and the stream object that it was allocated on."""
     import cupy
 
     cuda = cupy.cuda
-    if cuda.runtime.getDevice() == index and cuda.get_current_stream().ptr == stream:
-        return cuda.alloc(nbytes)  # to enter what is entered already takes longer
-    with cuda.Device(index), _stream(int(stream)):
-        return cuda.alloc(nbytes)
+    current = cuda.get_current_stream()
+    if cuda.runtime.getDevice() == index and current.ptr == stream:
+        return cuda.alloc(nbytes), current  # to enter what is entered already takes longer
+    with cuda.Device(index), _stream(int(stream), index) as current:
+        return cuda.alloc(nbytes), current
 
 
 def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -213,23 +225,14 @@ def _function(name: str, index: int) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    """Return a stream object for a handle; 0 and 1 are the legacy default stream, 2 the per-thread one."""
+def _stream(handle: int, index: int) -> Any:
+    """Return a stream object for a handle on a device; 0 and 1 are the legacy default stream, 2 the per-thread one."""
     import cupy
 
     if handle <= 2:
         return cupy.cuda.Stream.ptds if handle == 2 else cupy.cuda.Stream.null
-    return cupy.cuda.Stream.from_external(_Handle(handle))
-
-
-class _Handle:
-    """A stream's handle, as CuPy takes it."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._handle
+    with cupy.cuda.Device(index):  # which the object keeps for its own
+        return cupy.cuda.Stream.from_external(Handle(handle))
 
 
 _RESIDENT = "".join(

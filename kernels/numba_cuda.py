@@ -18,7 +18,7 @@ from gpuconst.errors import first_line
 
 from . import cuda_driver, cuda_fill
 from .cuda_driver import INSTALL, copy, current_index, order, synchronize
-from .cuda_lease import Lease, hand_over
+from .cuda_lease import Lease, give_back, hand_over
 from .runs import RESIDENT, RESIDENT_ELSEWHERE, THREADS, Launch, Region, run_launch, tile
 
 __all__ = [
@@ -41,6 +41,9 @@ __all__ = [
 #: arrays cheap, too little to be missed on a shared card.
 RELEASE_THRESHOLD = 256 << 20
 
+#: What is used of cuda-core came with this release; numba-cuda is content with older ones.
+OLDEST_CORE = (1, 2)
+
 #: Packages that a cubin depends on.
 _COMPILED_WITH = ("numba", "numba-cuda", "llvmlite", "cuda-core", "numpy")
 
@@ -60,6 +63,11 @@ def _missing_package() -> str | None:
             found = None
         if found is None:
             return f"{package} is not installed; {INSTALL}"
+    from importlib.metadata import version
+
+    core = version("cuda-core")
+    if tuple(map(int, core.split(".")[:2])) < OLDEST_CORE:
+        return f"cuda-core is {core}, needed is {'.'.join(map(str, OLDEST_CORE))}; {INSTALL}"
     return None
 
 
@@ -113,16 +121,17 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
     RuntimeError
         If a CUDA graph is being captured.
     """
+    give_back()
     with cuda_driver.primary_context(index):
         try:
             # A size of 0 has no address; one byte has.
-            memory = _pool(index).allocate(nbytes or 1, stream=_stream(int(stream)))
+            memory = _pool(index).allocate(nbytes or 1, stream=_stream(int(stream), index))
         except Exception as error:
             cuda_driver.refuse_capture(index, stream)
             if "CUDA_ERROR_OUT_OF_MEMORY" not in str(error):
                 raise
             raise cuda_driver.out_of_memory(nbytes, index) from error
-    return Lease(memory, index, stream), int(memory.handle)
+    return Lease(memory, index, stream, by_stream=True), int(memory.handle)
 
 
 def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -181,7 +190,7 @@ def _launch(launch: Launch, index: int, stream: int) -> None:
     # To cuda.core an int is a signed 64-bit word, and the bits of a tile are any.
     arguments = [word if word < 1 << 63 else word - (1 << 64) for word in launch.arguments]
     with cuda_driver.primary_context(index):
-        core.launch(_stream(int(stream)), _config(launch.grid), _kernel(launch.kernel, index), *arguments)
+        core.launch(_stream(int(stream), index), _config(launch.grid), _kernel(launch.kernel, index), *arguments)
 
 
 @functools.lru_cache(maxsize=256)
@@ -192,8 +201,8 @@ def _config(grid: int) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _stream(handle: int) -> Any:
-    """Return a stream object for a handle; 0 is the legacy default stream."""
+def _stream(handle: int, index: int) -> Any:
+    """Return a stream object for a handle on a device; 0 is the legacy default stream."""
     from cuda.core import LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM, Stream
 
     if handle <= 2:

@@ -120,11 +120,11 @@ class Foreign:
         }
 
 
-def new_stream(device: int = 0) -> int:
-    """Return the handle of a new stream."""
+def new_stream(device: int = 0, *, blocking: bool = False) -> int:
+    """Return the handle of a new stream, one that synchronises with the legacy default stream or not."""
     handle = ctypes.c_void_p()
     with current_device(device):
-        assert driver().cuStreamCreateWithPriority(ctypes.byref(handle), 1, 0) == 0
+        assert driver().cuStreamCreateWithPriority(ctypes.byref(handle), not blocking, 0) == 0
     assert handle.value
     return handle.value
 
@@ -204,7 +204,7 @@ _callback = _RUN(_run)
 
 @functools.cache
 def _kernels() -> dict[str, ptx.Kernel]:
-    backend = "cupy" if "STANDIN_RUNTIME" in os.environ else "numba"
+    backend = os.environ["GPUCONST_BACKEND"] or "numba"
     stored = Path(os.environ["XDG_CACHE_HOME"]) / f"{backend}.json"  # the next process need not compile
     if not stored.exists():
         stored.write_text(json.dumps(kernel_checks.modules(backend, "sm_90")))

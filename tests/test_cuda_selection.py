@@ -162,6 +162,18 @@ def test_missing_packages() -> None:
     assert gpuconst.full(3, 1.0).device == "cpu"
 
 
+@on_standin(MISSING="cuda-core", GPUCONST_BACKEND="numba")
+def test_a_release_that_is_too_old() -> None:
+    import importlib.metadata
+
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda distribution_name: (
+        "1.1.4" if distribution_name == "cuda-core" else version(distribution_name)
+    )
+    with pytest.raises(gpuconst.DeviceUnavailableError, match=r"cuda-core is 1\.1\.4, needed is 1\.2; pip install"):
+        gpuconst.full(3, 1.0, device="cuda")
+
+
 @on_standin(FORKS="yes")
 def test_forked_after_cuda_was_initialised() -> None:
     assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"

@@ -335,3 +335,83 @@ def test_a_captured_fill_does_not_wait_for_what_is_not_captured(use: str) -> Non
     assert f"stream={stream:#x}" in calls("launch")[-1]
     gpuconst.fill(arrays[0], 2.0, stream=new_stream())
     assert (arrays[0].to_numpy() == 2.0).all()
+
+
+@on_standin()
+def test_memory_whose_stream_is_captured_is_given_back_afterwards() -> None:
+    stream = new_stream()
+    arrays = [gpuconst.zeros(n, device="cuda", stream=stream) for n in (10, 20)]
+    kept = gpuconst.zeros(10, device="cuda")
+    plan = gpuconst.plan_fill([Foreign(array, shape=array.shape) for array in arrays], 1.0)
+    plan.fill(stream=stream)
+    with captured(stream):
+        del arrays[1], plan  # an array of the stream, and a table that it has read
+        gc.collect()
+        gpuconst.zeros(10, device="cuda")
+        assert not calls("cuMemFreeAsync")[1:]  # of the last line alone
+    assert len(alive("m")) == 4
+    gpuconst.zeros(10, device="cuda", stream=stream)
+    assert set(alive("m")) == {arrays[0].data_ptr(), kept.data_ptr()}
+
+
+@on_standin()
+def test_the_legacy_stream_is_let_alone_while_a_capture_closes_it() -> None:
+    consumer, stream = new_stream(), new_stream(blocking=True)
+    arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
+    gpuconst.fill(arrays[1], 1.0, stream=consumer)
+    with captured(stream):
+        with pytest.raises(RuntimeError, match="legacy default stream .* non-blocking stream"):
+            gpuconst.fill(arrays[0], 1.0, stream=consumer)
+        with pytest.raises(RuntimeError, match="graph is being captured"):
+            gpuconst.zeros(10, device="cuda")
+        address = arrays.pop().data_ptr()
+        gc.collect()
+        gpuconst.zeros(10, device="cuda", stream=consumer)
+        assert address in alive("m")
+    gpuconst.zeros(10, device="cuda", stream=consumer)
+    assert list(alive("m")) == [arrays[0].data_ptr()]
+
+
+@on_standin()
+def test_what_is_kept_during_a_capture_is_given_back_once() -> None:
+    stream = new_stream()
+    for _ in range(3):
+        array = gpuconst.zeros(10, device="cuda", stream=stream)
+        with captured(stream):
+            del array
+            gc.collect()
+        gpuconst.zeros(10, device="cuda")
+    gc.collect()
+    assert not alive("m")
+    assert len(calls("cuMemFreeAsync")) == 6
+
+
+@on_standin()
+def test_another_threads_default_stream_is_waited_for_through_the_legacy_one() -> None:
+    per_thread, consumer = 2, new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=per_thread)
+    assert "stream=0x2" in calls("launch")[-1]
+    assert array.__cuda_array_interface__["stream"] == 1
+    gpuconst.fill(array, 2.0, stream=consumer)
+    assert calls("cuEventRecord")[-1].endswith("stream=(nil)")
+    assert calls("cuStreamWaitEvent")[-1].startswith(f"cuStreamWaitEvent stream={consumer:#x}")
+    before = len(calls())
+    del array
+    gc.collect()
+    recorded = [line.split()[2] for line in calls()[before:] if line.startswith("cuEventRecord")]
+    waiting = [line.split()[1] for line in calls()[before:] if line.startswith("cuStreamWaitEvent")]
+    assert recorded == ["stream=(nil)", f"stream={consumer:#x}"]
+    assert waiting == ["stream=0x2"] * 2
+    assert calls("cuMemFreeAsync")[-1] == "cuMemFreeAsync stream=0x2"
+
+
+@on_standin(CAPTURE="cupy", STANDIN_RUNTIME=1)
+def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
+    import cupy
+
+    array = gpuconst.zeros(10, device="cuda")
+    before = launches()
+    refused = pytest.raises(RuntimeError, match=r"pass stream=cupy\.cuda\.get_current_stream\(\)$")
+    with cupy.cuda.Stream(non_blocking=True) as current, captured(current.ptr), refused:
+        gpuconst.fill(array, 1.0)
+    assert launches() == before

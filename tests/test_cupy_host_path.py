@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -213,6 +214,71 @@ def test_other_peoples_streams_are_not_destroyed() -> None:
         gpuconst.full(10, 1.0, device="cuda", stream=stream)
     gc.collect()
     assert set(streams) <= set(alive("s"))
+
+
+@on_cupy
+def test_cupys_current_stream_outlives_what_it_has_to_wait_for() -> None:
+    """CuPy destroys a stream with its object; memory that it used is given back after it."""
+    xs = [cupy.ndarray((n,), np.float32) for n in (10, 20)]
+    plan = gpuconst.plan_fill(xs, 1.0)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        plan.fill()
+    handle = stream.ptr
+    del stream
+    gc.collect()
+    assert handle in alive("s")
+    del plan
+    gc.collect()
+    assert handle not in alive("s")
+    assert calls("cuEventRecord")[-1].endswith(f"stream={handle:#x}")
+
+
+@on_cupy
+def test_memory_whose_consumer_is_captured_is_given_back_afterwards() -> None:
+    consumer = new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda:0")
+    gpuconst.fill(array, 2.0, stream=consumer)
+    pointer = array.data_ptr()
+    with test_cuda_streams.captured(consumer):
+        del array
+        gc.collect()
+        assert gpuconst.full(10, 1.0, device="cuda:0").data_ptr() != pointer
+    assert gpuconst.full(10, 1.0, device="cuda:0").data_ptr() == pointer
+
+
+@on_cupy
+def test_memory_of_another_allocator_goes_back_on_a_stream_that_is_there() -> None:
+    """CuPy's stream-ordered memory knows its stream by a weak reference."""
+    freed = []
+
+    class Ordered(cupy.cuda.memory.BaseMemory):  # type: ignore[misc, name-defined]
+        def __init__(self, nbytes: int) -> None:
+            self.pooled = cupy.get_default_memory_pool().malloc(nbytes)
+            self.ptr, self.size, self.device_id = self.pooled.ptr, nbytes, 0
+            self.stream = weakref.ref(cupy.cuda.get_current_stream())
+
+        def __del__(self) -> None:
+            freed.append(self.stream() is not None)
+
+    with cupy.cuda.using_allocator(lambda nbytes: cupy.cuda.MemoryPointer(Ordered(nbytes), 0)):
+        array = gpuconst.full(10, 1.0, device="cuda:0", stream=new_stream())
+        for _ in range(100):
+            gpuconst.full(10, 1.0, device="cuda:0", stream=new_stream())
+    del array
+    gc.collect()
+    assert freed == [True] * 101
+
+
+@on_cupy
+def test_torchs_allocator_in_place_of_cupys_may_have_no_room() -> None:
+    class OutOfMemoryError(RuntimeError):
+        """Of torch."""
+
+    def allocate(nbytes: int) -> Any:
+        raise OutOfMemoryError("CUDA out of memory.")
+
+    with cupy.cuda.using_allocator(allocate), pytest.raises(gpuconst.OutOfMemoryError, match="no room for 40 bytes"):
+        gpuconst.full(10, 1.0, device="cuda:0")
 
 
 @on_standin(GPUCONST_BACKEND="cupy", STANDIN_RUNTIME=1, STANDIN_MEMORY=4 * MIB)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +44,20 @@ def test_quick_start_has_two_commands_and_ci_runs_the_second() -> None:
     assert len(commands) == 2
     assert all("\n" not in command for command in commands)
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("failing", ["python3", "pip", "python", "ruff", "mypy"])
+def test_ci_fails_where_any_of_its_commands_does(failing: str, tmp_path: Path) -> None:
+    tools = tmp_path / ".venv-test" / "bin"
+    tools.mkdir(parents=True)
+    for name in ("python3", "pip", "python", "ruff", "mypy"):
+        (tools / name).write_text(f"#!/bin/sh\nexit {int(name == failing)}\n")
+        (tools / name).chmod(0o755)
+    script = tmp_path / ".ci" / "run"
+    script.parent.mkdir()
+    shutil.copy(ROOT / ".ci" / "run", script)
+    done = subprocess.run(["bash", script], env={**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"})
+    assert done.returncode != 0
 
 
 def test_linked_files_exist() -> None:

@@ -87,8 +87,10 @@ class Rotation:
         """
         import torch
 
-        poison = torch.full((self._itemsize,), _POISON, dtype=torch.uint8).view(self._dtype)[0]
-        for block in (self._blocks[0], self._blocks[-1]):
+        # On the device: from the host it would be expanded there, to as much memory as the tensor has.
+        device = self._memory.device
+        poison = torch.full((self._itemsize,), _POISON, dtype=torch.uint8, device=device).view(self._dtype)[0]
+        for block in self._blocks[:: max(1, len(self._blocks) - 1)]:
             block.fill_(_POISON)
             tensor = self._tensor(block)
             filler(tensor, self.value)()

@@ -25,9 +25,10 @@
 
 enum {
   SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVALID_DEVICE = 101,
-  INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900, CAPTURE_ISOLATION = 905
+  INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, CAPTURE_UNSUPPORTED = 900, CAPTURE_ISOLATION = 905,
+  CAPTURE_IMPLICIT = 906
 };
-enum { RELAXED = 2 };
+enum { RELAXED = 2, NON_BLOCKING = 1 };
 enum { DEVICES = 8, OBJECTS = 1 << 16, DEPTH = 64, ALIGNMENT = 512 };
 
 typedef struct { int device; } Context;
@@ -37,6 +38,7 @@ typedef struct {
   char kind;
   int device;
   void *recorded; /* the stream of an event */
+  unsigned flags; /* of a stream */
 } Object;
 typedef int (*Run)(const char *kernel, unsigned grid, unsigned block, void **parameters);
 
@@ -62,6 +64,8 @@ static long setting(const char *name, long otherwise) {
 #define CONTEXT TRY(depth && stack[depth - 1], INVALID_CONTEXT)
 /* What may wait for a device, or move its memory: while work is captured, it spoils the graph. */
 #define UNSAFE TRY(!captured || mode == RELAXED, spoil(CAPTURE_UNSUPPORTED))
+/* Work of a stream: of the legacy one it spoils the graph that is captured on a stream it synchronises with. */
+#define WORK(stream) TRY(is_stream(stream), INVALID_HANDLE); TRY(!is_closed(stream), spoil(CAPTURE_IMPLICIT))
 
 __attribute__((format(printf, 2, 3))) static void record(const char *function, const char *format, ...) {
   const char *path = getenv("STANDIN_LOG");
@@ -91,7 +95,7 @@ static int add(const void *address, size_t size, char kind, int on) {
   pthread_mutex_lock(&lock);
   int k = 0;
   while (k < OBJECTS && objects[k].address) k++;
-  if (k < OBJECTS) objects[k] = (Object){address, size, kind, on, NULL};
+  if (k < OBJECTS) objects[k] = (Object){address, size, kind, on, NULL, 0};
   pthread_mutex_unlock(&lock);
   return k < OBJECTS ? SUCCESS : OUT_OF_MEMORY;
 }
@@ -126,6 +130,10 @@ static int new(void **handle, char kind) {
 
 static int is_stream(void *stream) { /* of the current context, or a default one */
   return (uintptr_t)stream <= 2 || (find(stream, 's').address && find(stream, 's').device == device());
+}
+
+static int is_closed(void *stream) { /* the legacy one, by the capture of a stream that it synchronises with */
+  return captured && (uintptr_t)stream <= 1 && !(find(captured, 's').flags & NON_BLOCKING);
 }
 
 /* What the tests ask and set. */
@@ -350,13 +358,16 @@ int cuMemAllocFromPoolAsync(char **address, size_t nbytes, void *pool, void *str
   LOG("nbytes=%zu stream=%p", nbytes, stream);
   CONTEXT;
   Object owner = find(pool, 'p');
-  TRY(owner.address && is_stream(stream), INVALID_HANDLE);
+  TRY(owner.address, INVALID_HANDLE);
+  WORK(stream);
   TRY(nbytes, INVALID_VALUE);
   return allocate(address, nbytes, owner.device);
 }
 
 int cuMemFreeAsync(char *address, void *stream) {
   LOG("stream=%p", stream);
+  TRY(!captured || stream != captured, spoil(INVALID_VALUE)); /* it is no memory of the graph's */
+  TRY(!is_closed(stream), spoil(CAPTURE_IMPLICIT));
   return discard(address, 'm');
 }
 
@@ -384,7 +395,7 @@ int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
 int cuMemcpyAsync(char *target, const char *source, size_t nbytes, void *stream) {
   LOG("nbytes=%zu stream=%p", nbytes, stream);
   CONTEXT;
-  TRY(is_stream(stream), INVALID_HANDLE);
+  WORK(stream);
   memcpy(target, source, nbytes);
   return SUCCESS;
 }
@@ -415,6 +426,10 @@ int cuPointerGetAttributes(unsigned count, const int *attributes, void **values,
 int cuStreamCreateWithPriority(void **stream, unsigned flags, int priority) {
   int status = new(stream, 's');
   LOG("stream=%p flags=%u priority=%d", *stream, flags, priority);
+  pthread_mutex_lock(&lock);
+  for (int k = 0; k < OBJECTS; k++)
+    if (objects[k].address == *stream) objects[k].flags = flags;
+  pthread_mutex_unlock(&lock);
   return status;
 }
 
@@ -427,7 +442,8 @@ int cuStreamSynchronize(void *stream) {
   LOG("stream=%p", stream);
   CONTEXT;
   UNSAFE;
-  return is_stream(stream) ? SUCCESS : INVALID_HANDLE;
+  WORK(stream);
+  return SUCCESS;
 }
 
 int cuThreadExchangeStreamCaptureMode(int *other) {
@@ -439,6 +455,7 @@ int cuThreadExchangeStreamCaptureMode(int *other) {
 int cuStreamIsCapturing(void *stream, int *status) {
   CONTEXT;
   TRY(is_stream(stream), INVALID_HANDLE);
+  TRY(!is_closed(stream), CAPTURE_IMPLICIT);
   *status = captured && stream == captured;
   return SUCCESS;
 }
@@ -452,7 +469,8 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
   LOG("stream=%p event=%p", stream, event);
   (void)flags;
   CONTEXT;
-  TRY(is_stream(stream) && find(event, 'e').address, INVALID_HANDLE);
+  TRY(find(event, 'e').address, INVALID_HANDLE);
+  WORK(stream);
   TRY(!captured || (stream == captured) == (find(event, 'e').recorded == captured), spoil(CAPTURE_ISOLATION));
   return SUCCESS;
 }
@@ -471,7 +489,8 @@ int cuEventDestroy_v2(void *event) {
 int cuEventRecord(void *event, void *stream) {
   LOG("event=%p stream=%p", event, stream);
   CONTEXT;
-  TRY(is_stream(stream) && find(event, 'e').address, INVALID_HANDLE);
+  TRY(find(event, 'e').address, INVALID_HANDLE);
+  WORK(stream);
   pthread_mutex_lock(&lock);
   for (int k = 0; k < OBJECTS; k++)
     if (objects[k].address == event) objects[k].recorded = stream;
@@ -525,7 +544,8 @@ typedef struct {
 
 static int launch(const LaunchConfig *config, const char *kernel, void **parameters) {
   CONTEXT;
-  TRY(find(kernel, 'k').address && is_stream(config->stream), INVALID_HANDLE);
+  TRY(find(kernel, 'k').address, INVALID_HANDLE);
+  WORK(config->stream);
   record("launch", "%s grid=%u block=%u stream=%p device=%d", kernel, config->grid[0], config->block[0],
          config->stream, device());
   TRY(config->grid[0] && config->grid[0] < 1u << 31 && config->grid[1] == 1 && config->grid[2] == 1, INVALID_VALUE);
