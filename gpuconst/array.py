@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,18 +25,6 @@ class Array:
     Made by `full` and its kin, not by hand. It does no arithmetic: hand it to the framework that does
     with `to_torch`, `to_jax`, `to_tensorflow`, `to_cupy` or `to_numpy`, or to anything that speaks
     DLPack. All of them share this memory, which lives as long as any of them.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Elements along each dimension; always C-ordered.
-    dtype : numpy.dtype
-        Of the elements; an ml_dtypes type for bfloat16 and float8.
-    device : str
-        ``"cpu"`` or ``"cuda:N"``.
-    backend : str
-        The library that filled it: ``"cupy"``, ``"numba"``, or ``"numpy"``, on the CPU, where the C library
-        stores what NumPy would store slower.
     """
 
     __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_memory", "_place", "_shape", "_stream")
@@ -62,22 +51,22 @@ class Array:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Elements along each dimension."""
+        """Elements along each dimension; the array is always C-ordered."""
         return self._shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the elements."""
+        """Of the elements; an ml_dtypes type for bfloat16 and float8."""
         return self._dtype.numpy
 
     @property
     def device(self) -> str:
-        """Where the memory is, ``"cpu"`` or ``"cuda:N"``."""
+        """Where the memory is: ``"cpu"`` or ``"cuda:N"``."""
         return self._place.device
 
     @property
     def backend(self) -> str:
-        """The library that filled it, ``"numpy"``, ``"cupy"`` or ``"numba"``."""
+        """The library that filled it: ``"cupy"`` or ``"numba"``, or ``"numpy"`` on the CPU."""
         return self._place.backend
 
     @property
@@ -88,10 +77,7 @@ class Array:
     @property
     def size(self) -> int:
         """Number of elements."""
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
 
     @property
     def itemsize(self) -> int:
@@ -168,8 +154,7 @@ class Array:
         if copy is None and dl_device is None and stream is None and self._place.device == "cpu":
             if self._dtype.native:
                 return self._exporter.__dlpack__(max_version=max_version)
-            versioned = max_version is not None and max_version[0] >= 1
-            return retag(self._exporter.__dlpack__(max_version=max_version), self._dtype, versioned=versioned)
+            return retag(self._exporter.__dlpack__(max_version=max_version), self._dtype, max_version)
         return self._export(stream, max_version, dl_device, copy)
 
     def _export(
@@ -193,16 +178,16 @@ class Array:
             source._place.module.hand_over(source._memory, self._stream, consumer)
         # Ordered above, for every backend alike: -1 tells the carrier's exporter not to.
         capsule = source._exporter.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
-        versioned = max_version is not None and max_version[0] >= 1
-        return retag(capsule, self._dtype, versioned=versioned, copied=source is not self)
+        return retag(capsule, self._dtype, max_version, copied=source is not self)
 
     def _copied_to(self, place: Place) -> Array:
-        memory, address = place.module.allocate(self.nbytes, place.ordinal, self._stream)
+        stream = 0 if place.device == "cpu" else self._stream
+        memory, address = place.module.allocate(self.nbytes, place.ordinal, stream)
         here = self._place
         here.module.copy(address, self._address, self.nbytes, here.ordinal, self._stream)
         if place.device == "cpu":
             here.module.synchronize(here.ordinal, self._stream)
-        return Array(memory, address, self.shape, self._dtype, place, self._stream)
+        return Array(memory, address, self.shape, self._dtype, place, stream)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -251,7 +236,7 @@ class Array:
         TypeError
             If torch has no such dtype.
         """
-        return handover.to_torch(self, self._dtype)
+        return handover.to_torch(self)
 
     def to_jax(self) -> Any:
         """Return a JAX array of the same memory.
@@ -269,7 +254,7 @@ class Array:
         BufferError
             If JAX copied all the same.
         """
-        return handover.to_jax(self, self._dtype)
+        return handover.to_jax(self)
 
     def to_tensorflow(self) -> Any:
         """Return a TensorFlow tensor of the same memory.
@@ -287,7 +272,7 @@ class Array:
         """
         if self._place.device != "cpu":  # TensorFlow reads on streams of its own
             self._place.module.synchronize(self._place.ordinal, self._stream)
-        return handover.to_tensorflow(self, self._dtype)
+        return handover.to_tensorflow(self)
 
     def to_cupy(self) -> Any:
         """Return a CuPy array of the same memory.
@@ -305,4 +290,4 @@ class Array:
         TypeError
             If the dtype is a float8, which CuPy does not have.
         """
-        return handover.to_cupy(self, self._dtype)
+        return handover.to_cupy(self)

@@ -58,7 +58,7 @@ class Tensor(ctypes.Structure):
     ]
 
 
-def retag(capsule: Any, dtype: DType, *, versioned: bool, copied: bool = False) -> Any:
+def retag(capsule: Any, dtype: DType, max_version: tuple[int, int] | None, *, copied: bool = False) -> Any:
     """Make a fresh capsule say what its bytes are.
 
     Parameters
@@ -67,8 +67,8 @@ def retag(capsule: Any, dtype: DType, *, versioned: bool, copied: bool = False) 
         Just exported, seen by nobody else.
     dtype : DType
         What its elements really are; the capsule names `dtype` itself or its carrier.
-    versioned : bool
-        Which of the two kinds of capsule it is.
+    max_version : tuple of int, optional
+        What the exporter was given, which decides which of the two kinds of capsule it is.
     copied : bool
         Whether to set the flag that the consumer has the only reference to a copy.
 
@@ -82,6 +82,7 @@ def retag(capsule: Any, dtype: DType, *, versioned: bool, copied: bool = False) 
     BufferError
         If the capsule does not hold what the carrier promised.
     """
+    versioned = max_version is not None and max_version[0] >= 1
     address = _get_pointer(capsule, _VERSIONED if versioned else _LEGACY)
     if dtype in _RETAGS:
         word = ctypes.c_uint32.from_address(address + (_VERSIONED_TENSOR if versioned else 0) + _DTYPE)

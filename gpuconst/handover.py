@@ -24,6 +24,10 @@ class Exporter(Protocol):
         """Return the address."""
 
     @property
+    def _dtype(self) -> DType:
+        """Of the elements."""
+
+    @property
     def _exporter(self) -> Any:
         """The array of the backend's library, NumPy's for CPU memory."""
 
@@ -34,9 +38,9 @@ class Exporter(Protocol):
         """Return where it is."""
 
 
-def to_torch(array: Exporter, dtype: DType) -> Any:
+def to_torch(array: Exporter) -> Any:
     """Return a torch tensor of the array's memory."""
-    torch = _import("torch", "torch")
+    torch, dtype = _import("torch", "torch"), array._dtype
     if not hasattr(torch, dtype.name):
         raise TypeError(f"torch {torch.__version__} has no dtype {dtype.name}; to_numpy() and to_jax() take it")
     on_cpu = array.__dlpack_device__()[0] == CPU
@@ -53,9 +57,9 @@ def to_torch(array: Exporter, dtype: DType) -> Any:
     return tensor
 
 
-def to_jax(array: Exporter, dtype: DType) -> Any:
+def to_jax(array: Exporter) -> Any:
     """Return a JAX array of the array's memory."""
-    jax = _import("jax", "jax")
+    jax, dtype = _import("jax", "jax"), array._dtype
     canonical = jax.dtypes.canonicalize_dtype(dtype.numpy)
     if canonical != dtype.numpy:
         raise TypeError(
@@ -67,18 +71,18 @@ def to_jax(array: Exporter, dtype: DType) -> Any:
     return shared
 
 
-def to_tensorflow(array: Exporter, dtype: DType) -> Any:
+def to_tensorflow(array: Exporter) -> Any:
     """Return a TensorFlow tensor of the array's memory; the fill must have finished."""
     tensorflow = _import("tensorflow", "tensorflow")
-    if dtype.name.startswith("float8"):
+    if array._dtype.name.startswith("float8"):
         raise TypeError(
-            f"TensorFlow does not import {dtype.name} through DLPack; use to_jax(), or copy it, if TensorFlow has the "
-            "dtype: tensorflow.constant(x.to_numpy())"
+            f"TensorFlow does not import {array._dtype.name} through DLPack; use to_jax(), or copy it, "
+            "if TensorFlow has the dtype: tensorflow.constant(x.to_numpy())"
         )
     return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-def to_cupy(array: Exporter, dtype: DType) -> Any:
+def to_cupy(array: Exporter) -> Any:
     """Return a CuPy array of the array's memory."""
     if array.__dlpack_device__()[0] == CPU:
         raise BufferError(
@@ -86,8 +90,8 @@ def to_cupy(array: Exporter, dtype: DType) -> Any:
             "fill with device='cuda', or copy it: cupy.asarray(x.to_numpy())"
         )
     cupy = _import("cupy", "cuda12' or 'gpuconst[cuda13")
-    if dtype.name.startswith("float8"):
-        raise TypeError(f"CuPy has no dtype {dtype.name}; fill with 'uint8' and the raw bits, or use to_jax()")
+    if array._dtype.name.startswith("float8"):
+        raise TypeError(f"CuPy has no dtype {array._dtype.name}; fill with 'uint8' and the raw bits, or use to_jax()")
     shared = cupy.from_dlpack(array)
     _check_shared(array, shared.data.ptr, "CuPy")
     return shared

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from .creation import full
 from .dtypes import DType, resolve_dtype
 from .errors import brief
+from .log import debug
 from .values import encode, is_array, is_number
 
 try:
@@ -32,8 +32,6 @@ except ImportError:  # jaxlib promises to keep nothing
     batched_device_put = None
 
 __all__ = ["constant"]
-
-_log = logging.getLogger("gpuconst")
 
 
 class constant:
@@ -105,7 +103,7 @@ class constant:
             device = cpu_device() if row is not None and out_sharding is None and _is_plain(shape) else None
             if row is not None and device is not None:
                 array = full(shape, self.value, dtype=row.name, device="cpu")
-                _log.debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
+                debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
                 return as_jax(array.to_numpy(), device)
             if row is not None:
                 encode(self.value, row)

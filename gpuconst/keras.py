@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from .creation import full
 from .dtypes import resolve_dtype
 from .errors import DeviceUnavailableError, brief
 from .filling import fill
+from .log import debug
 from .torch_rules import has_memory
 from .values import check_shape, encode, is_array, is_number
 
@@ -32,7 +32,6 @@ except ModuleNotFoundError as error:
 
 __all__ = ["Constant", "Ones", "Zeros"]
 
-_log = logging.getLogger("gpuconst")
 #: The debug message for each weight filled, with the backend, the device and the address.
 FILLED = "weight filled by %s on %s at %#x"
 
@@ -291,7 +290,7 @@ def _make_torch(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
         return keras.initializers.Constant(value)(shape, dtype)
     if probe.is_cuda:  # torch's own allocator: it reserves the card, so another's would compete with it
         tensor = fill(torch.empty(shape, dtype=probe.dtype, device=probe.device), value)
-        _log.debug(FILLED, select(str(probe.device)).backend, probe.device, tensor.data_ptr())
+        debug(FILLED, select(str(probe.device)).backend, probe.device, tensor.data_ptr())
         return tensor
     if not probe.is_cpu:
         return None
@@ -304,7 +303,7 @@ def _make_numpy(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
 
 def _filled(shape: tuple[int, ...], value: Any, dtype: Any, device: str) -> Array:
     array = full(shape, value, dtype=dtype, device=device)
-    _log.debug(FILLED, array.backend, array.device, array.data_ptr())
+    debug(FILLED, array.backend, array.device, array.data_ptr())
     return array
 
 

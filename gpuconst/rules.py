@@ -75,19 +75,11 @@ class Rules:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two values are the same: as text -0.0 is not 0.0, and nan is nan."""
-    return a is b or (type(a) is type(b) and repr(a) == repr(b))
+    return a is b or repr(a) == repr(b)
 
 
 def _nearest(glob: str, names: Sequence[str]) -> str:
     if not names:
         return "there are no tensors"
-    # A glob that is open at its beginning is about how names end.
-    parts = glob.count(".") + 1 if glob.startswith("*") else 0
-    compare = difflib.SequenceMatcher(b=glob)
-
-    def likeness(name: str) -> float:
-        compare.set_seq1(".".join(name.split(".")[-parts:]))
-        return compare.ratio()
-
-    nearest = sorted(names, key=likeness, reverse=True)[:_NEAREST]
+    nearest = difflib.get_close_matches(glob, names, _NEAREST, cutoff=0.0)
     return f"the nearest of {len(names)} names: {', '.join(map(repr, nearest))}"

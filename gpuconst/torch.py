@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from .batch import writable_view
 from .dtypes import DType, resolve_dtype
 from .errors import DeviceUnavailableError, about, first_line
 from .filling import fill, fill_many
+from .log import debug
 from .rules import Rules
 from .torch_rules import has_memory, is_dtensor, keeps_data_elsewhere, local_part
 from .values import encode
@@ -29,7 +29,6 @@ from .torch_weights import Computed, computed_weights, refresh
 
 __all__ = ["materialize_"]
 
-_log = logging.getLogger("gpuconst")
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -129,7 +128,7 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         refresh(part)
         if isinstance(part, torch.nn.RNNBase):
             part.flatten_parameters()
-    _log.debug(
+    debug(
         "materialized %d tensors, %d of them with constants; took %.6f s",
         len(tensors),
         sum(tensor.element is not None for tensor in tensors),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -182,7 +183,7 @@ def _scattered(runs: np.ndarray) -> tuple[list[_Scatter], np.ndarray]:
 def _of_one_length(runs: np.ndarray) -> list[_Scatter]:
     """Return what fills runs of one length, `PIECE` bytes of them each."""
     nbytes = int(runs["nbytes"][0])
-    unit = min(nbytes & -nbytes, TILE)
+    unit = math.gcd(nbytes, TILE)
     dtype = UNSIGNED[unit]
     # Overlapping rows, one at each byte: an index is an address. So many that their bytes can be counted.
     memory = np.ndarray((2**62 // nbytes, nbytes // unit), dtype, MEMORY, 0, (1, unit))
@@ -198,7 +199,7 @@ def _of_one_length(runs: np.ndarray) -> list[_Scatter]:
 
 def _as_region(run: tuple[int, ...]) -> Region:
     address, nbytes, pitch, count, low, high = run
-    unit = min(nbytes & -nbytes, TILE)
+    unit = math.gcd(nbytes, TILE)
     tile = (low.to_bytes(8, "little") + high.to_bytes(8, "little")) * 2
     start = address % TILE
     element = tile[start : start + unit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -238,23 +239,29 @@ def _architecture(index: int) -> str:
 
 @functools.cache
 def _cubin(name: str, arch: str) -> bytes:
-    from . import cubin_cache
+    """Return a kernel's machine code; what one process has compiled, the next one reads from cuda.core's cache."""
+    from cuda.core.utils import FileStreamProgramCache
 
-    return cubin_cache.load_or_make(_key(name, arch), lambda: _link(_compile(name, arch), arch))
+    key = _key(name, arch)
+    with contextlib.suppress(OSError, RuntimeError):  # there is no home, or no right to read there
+        stored = FileStreamProgramCache().get(key)
+        if stored:
+            return bytes(stored)
+    cubin = _link(_compile(name, arch), arch)
+    with contextlib.suppress(OSError, RuntimeError):
+        FileStreamProgramCache()[key] = cubin
+    return cubin
 
 
 def _key(name: str, arch: str) -> str:
-    """Return a digest of everything that a cubin depends on."""
-    # Slow to import, and needed only where there is a GPU.
-    import hashlib
-    import importlib.metadata
+    """Return everything that a cubin depends on."""
+    from importlib.metadata import version
 
     from cuda.bindings import nvjitlink
 
-    versions = [importlib.metadata.version(package) for package in _COMPILED_WITH]
+    versions = [version(package) for package in _COMPILED_WITH]
     sources = [Path(__file__).with_name(f"{module}.py").read_text() for module in ("numba_kernels", "runs")]
-    parts = [name, arch, *versions, str(nvjitlink.version()), *sources]
-    return f"{name}-{arch}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
+    return "\0".join([name, arch, *versions, str(nvjitlink.version()), *sources])
 
 
 @functools.cache

@@ -9,6 +9,7 @@ stores them at any 16-byte boundary without rotating, and one tile serves all st
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -60,10 +61,7 @@ class Region(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that filling it writes, an address counted once for each index that leads there."""
-        count = len(self.element)
-        for length in self.shape:
-            count *= length
-        return count
+        return len(self.element) * math.prod(self.shape)
 
 
 def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -129,7 +127,7 @@ def as_run(region: Region) -> tuple[int, ...] | None:
         return (address, inner, 0, 1, *tile(address, element))
     if len(shape) > 1 or strides[0] % itemsize or strides[0] < inner:
         return None
-    if inner < LANES * _power_of_two(TILE | address | inner | strides[0]):
+    if inner < LANES * math.gcd(TILE, address, inner, strides[0]):
         return None  # a warp would store one piece a lane and fewer: cheaper piece by piece
     return (address, inner, strides[0], shape[0], *tile(address, element))
 
@@ -147,10 +145,7 @@ def stretch(region: Region) -> tuple[int, int, int, int] | None:
 
 def piece(region: Region) -> int:
     """Return the widest aligned store, in bytes, that every element of a region can be cut into."""
-    bits = TILE | region.address | len(region.element)
-    for stride in region.strides:
-        bits |= stride
-    return _power_of_two(bits)
+    return math.gcd(TILE, region.address, len(region.element), *region.strides)
 
 
 def widened(region: Region) -> Region:
@@ -159,10 +154,7 @@ def widened(region: Region) -> Region:
     itemsize = len(element)
     if not shape or strides[-1] != itemsize:
         return region
-    bits = TILE | address | shape[-1] * itemsize
-    for stride in strides[:-1]:
-        bits |= stride
-    width = _power_of_two(bits)
+    width = math.gcd(TILE, address, shape[-1] * itemsize, *strides[:-1])
     if width <= itemsize:
         return region
     repeats = width // itemsize
@@ -250,9 +242,7 @@ def strided_launches(region: Region) -> Iterator[Launch]:
         return
     width = piece(Region(address, shape, strides, element))
     pieces = len(element) // width
-    total = pieces
-    for length in shape:
-        total *= length
+    total = pieces * math.prod(shape)
     padding = INNER_LENGTHS + 1 - len(shape)
     yield Launch(
         "fill_strided32" if total < 2**31 else "fill_strided64",
@@ -269,8 +259,3 @@ def strided_launches(region: Region) -> Iterator[Launch]:
             *(0,) * padding,
         ),
     )
-
-
-def _power_of_two(number: int) -> int:
-    """Return the largest power of two that divides a number."""
-    return number & -number

@@ -434,7 +434,7 @@ def test_the_interpreter_exits_with_live_references(run_python: Callable[..., st
 
 def test_a_carrier_that_breaks_its_promise() -> None:
     with pytest.raises(BufferError, match="the carrier exported type .* for bfloat16"):
-        retag(np.zeros(1, "float32").__dlpack__(), DTYPES["bfloat16"], versioned=False)
+        retag(np.zeros(1, "float32").__dlpack__(), DTYPES["bfloat16"], None)
 
 
 def test_reading_what_is_no_capsule() -> None:
