@@ -14,7 +14,7 @@ from .errors import DeviceUnavailableError, about, first_line
 from .filling import fill, fill_many
 from .log import debug
 from .rules import Rules
-from .torch_rules import has_memory, is_dtensor, keeps_data_elsewhere, local_part
+from .torch_rules import compiling, has_memory, is_dtensor, keeps_data_elsewhere, local_part
 from .values import encode
 
 try:
@@ -38,7 +38,7 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
 
     Rules, values and what can be written are checked before anything is. What is on the meta device
     gets memory of its own, which joins the module when all of it has its values: a tensor under several
-    names stays one tensor, and types, attributes, ``requires_grad`` and the persistence of buffers stay.
+    names stays one tensor, and types, attributes, hooks, ``requires_grad`` and the persistence of buffers stay.
     What has memory is filled in place. Constants take one launch per device.
 
     Parameters
@@ -67,7 +67,8 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         weight the value, a tensor in real memory is not on `device`, or a tensor without memory cannot
         get it.
     TypeError
-        If a value is of another kind than the dtype, or a tensor cannot be written.
+        If a value is of another kind than the dtype, a tensor cannot be written, or a Keras layer is on the
+        meta device: its variables would keep the tensors without memory.
     OverflowError
         If a value does not fit the dtype.
     DeviceUnavailableError
@@ -90,6 +91,10 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
     Parameter containing:
     tensor([1., 1., 1.], requires_grad=True)
     """
+    if compiling():
+        from .torch_eager import eagerly
+
+        return eagerly(materialize_, module, rules, device=device)  # type: ignore[arg-type]
     start = time.perf_counter()
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module is {type(module).__name__}, expected a torch.nn.Module")
@@ -100,6 +105,7 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         tensors, weights = _survey(parts)
         _choose(ordered, tensors, weights)
         _check_tensors(tensors)
+        _check_keras(parts)
         homes = _Homes(device)
         for tensor in tensors:
             tensor.check(homes.given)
@@ -203,6 +209,8 @@ class _Tensor(_Named):
         else:
             new = torch.Tensor._make_subclass(type(old), new, old.requires_grad)
         vars(new).update(vars(old))
+        new._backward_hooks = old._backward_hooks
+        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
         self.made = new
 
     def install(self) -> None:
@@ -222,7 +230,7 @@ class _Weight(_Named):
     @property
     def _about(self) -> _Said:
         names = ", ".join(repr(tensor.names[0]) for tensor in self.tensors)
-        return _Said(self, f"; set {names} by rules of their own")
+        return _Said(self, f"; drop the rule, or put rules for {names} before it")
 
     def check(self) -> None:
         """Raise where the weight cannot be set through its originals, whatever its value."""
@@ -325,6 +333,17 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
             raise ValueError(
                 f"{other!r} and {name!r} are different views of one storage, and would no longer be; "
                 "register one tensor, and take views of it where they are needed"
+            )
+
+
+def _check_keras(parts: Sequence[tuple[str, torch.nn.Module]]) -> None:
+    """Refuse Keras layers without memory: torch knows their tensors, but their variables have them too."""
+    layer = getattr(sys.modules.get("keras"), "Layer", ())
+    for name, part in parts:
+        if isinstance(part, layer) and not all(map(has_memory, part.parameters())):
+            raise TypeError(
+                f"{repr(name) if name else 'the module'} is a Keras {type(part).__name__}, whose variables would stay "
+                "on the meta device; make it on a real one, with gpuconst.Constant for its initializers"
             )
 
 

@@ -3,8 +3,9 @@
 Imported when torch.compile first meets such code.
 """
 
-import sys
+import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,8 +18,10 @@ R = TypeVar("R")
 
 # Between its graphs torch.compile goes on to read what is called there, down to the kernels; files on its
 # list are run. The Keras initializers stay off it: they have something for it to read.
-for _name in [name for name in sys.modules if name.startswith("gpuconst.") and name != "gpuconst.keras"]:
-    trace_rules.add(_name)
+_here = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)], "gpuconst.")]
+for _name in [*_here, "gpuconst.kernels"]:
+    if _name != "gpuconst.keras":
+        trace_rules.add(_name)
 
 
 def eagerly(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

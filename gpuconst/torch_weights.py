@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = ["Computed", "computed_weights", "refresh"]
@@ -25,7 +27,7 @@ class Computed(NamedTuple):
     compute : callable
         Takes the originals and returns the weight.
     invert : callable
-        Takes a weight and returns originals of it; NotImplementedError where nobody wrote that.
+        Takes a weight and returns originals of it; NotImplementedError where there is no inverse.
     own : list of str
         Names of further tensors that the weight depends on.
     kind : str
@@ -134,9 +136,12 @@ def _parametrized(name: str, parametrizations: ParametrizationList) -> Computed:
 
 
 def refresh(owner: torch.nn.Module) -> None:
-    """Compute anew what the older weight norm keeps beside its originals."""
-    for hook in _weight_norms(owner):
-        setattr(owner, hook.name, hook.compute_weight(owner))
+    """Compute anew what hooks keep beside the originals: the older weight and spectral norm, and pruning."""
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):  # called, it would go on with its power iteration
+            setattr(owner, hook.name, hook.compute_weight(owner, do_power_iteration=False))
+        elif isinstance(hook, WeightNorm | BasePruningMethod):
+            hook(owner, None)
 
 
 def _weight_norms(owner: torch.nn.Module) -> list[WeightNorm]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -349,7 +350,8 @@ def test_a_weight_that_weight_norm_cannot_give_is_refused(kind: str) -> None:
     wrap, magnitude = NORMED[kind]
     module = on_meta(lambda: wrap(nn.Conv1d(3, 4, 5)))
     with pytest.raises(
-        ValueError, match=rf"'weight', by the rule '\*': .*0\.0 would become nan; set '{magnitude}', '.*own"
+        ValueError,
+        match=rf"'weight', by the rule '\*': .*0\.0 would become nan; drop .*, or put .* for '{magnitude}', ",
     ):
         materialize_(module, {"*": 0.0})
     assert module.bias.is_meta
@@ -383,19 +385,22 @@ def test_a_chain_of_parametrizations(build: Callable[..., Any]) -> None:
 def test_a_parametrization_without_inverse_is_refused() -> None:
     module = nn.Linear(3, 4, device="meta")
     register_parametrization(module, "weight", Squared())
-    with pytest.raises(ValueError, match=r"Squared has no right_inverse; set 'parametrizations\.weight\.original' by"):
+    with pytest.raises(ValueError, match=r"Squared has no right_inverse; .* rules for '.*\.original' before"):
         materialize_(module, {"*": 1.0})
     materialize_(module, {"*original": 3.0, "*": 0.0})
     assert (module.weight == 9).all()
 
 
-def test_a_parametrization_with_state_is_refused() -> None:
+def test_a_parametrization_with_state_is_refused_and_the_message_leads_out() -> None:
     module = spectral_norm(nn.Linear(3, 4))
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(ValueError, match=r"SpectralNorm makes of a value depends on 0\._u, 0\._v"):
         materialize_(module, {"bias": 0.0, "weight": 1.0, "*._?": 0.0})
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
+    original = "parametrizations.weight.original"
+    materialize_(module, {original: 0.5, "*weight": 0.5, "*._?": nn.init.ones_, "bias": 0.0})
+    assert (module.get_parameter(original) == 0.5).all()
 
 
 def test_it_is_refused_before_any_function_runs() -> None:
@@ -404,6 +409,16 @@ def test_it_is_refused_before_any_function_runs() -> None:
     with pytest.raises(ValueError, match="depends on"):
         materialize_(module, {"*": nn.init.zeros_})
     assert torch.equal(module[0].weight, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm, partial(prune.identity, name="weight")])
+def test_what_hooks_compute_is_there_before_the_first_call(wrap: Callable[[nn.Module], Any]) -> None:
+    module = on_meta(lambda: wrap(nn.Linear(3, 4)))
+    materialize_(module, {"*": 1.0})
+    before = module.weight.detach().clone()
+    module.eval()(torch.ones(3))
+    assert torch.equal(module.weight, before)
 
 
 def test_a_parametrization_that_has_no_such_value_is_refused() -> None:
@@ -661,6 +676,51 @@ def test_in_inference_mode() -> None:
     with torch.inference_mode():
         module = materialize_(nn.Linear(3, 2, device="meta"), {"*": 0.5})
         assert module(torch.ones(3)).tolist() == [2, 2]
+
+
+def test_hooks_of_parameters_stay() -> None:
+    module: Any = nn.Linear(2, 2, device="meta")
+    seen: list[torch.Tensor] = []
+    module.weight.register_hook(lambda gradient: gradient * 0)
+    handle = module.bias.register_post_accumulate_grad_hook(seen.append)
+    materialize_(module, {"*": 1.0})
+    for _ in range(2):
+        module(torch.ones(2)).sum().backward()
+        handle.remove()
+    assert (module.weight.grad == 0).all()
+    assert len(seen) == 1
+    assert seen[0] is module.bias
+
+
+def test_a_compiled_function_materializes() -> None:
+    module = nn.Linear(3, 2, device="meta")
+
+    def function(x: torch.Tensor) -> Any:
+        materialize_(module, {"weight": 0.5, "bias": 1.0})
+        return module(x * 2)
+
+    assert torch.compile(function, backend="aot_eager")(torch.ones(3)).tolist() == [4, 4]
+
+
+@pytest.mark.needs("keras")
+def test_keras_layers_without_memory_are_refused(run_python: Callable[..., str]) -> None:
+    code = """
+        import gpuconst, keras, torch
+
+        with keras.device("meta"):
+            dense = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        for module, name in ((dense, "the module"), (torch.nn.Sequential(torch.nn.ReLU(), dense), "'1'")):
+            try:
+                gpuconst.torch.materialize_(module, {"*": 1.0})
+            except TypeError as error:
+                assert str(error).startswith(f"{name} is a Keras Sequential"), error
+            else:
+                raise AssertionError("a Keras layer was materialized")
+        dense = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        gpuconst.torch.materialize_(dense, {"*": 1.0})
+        assert dense(torch.ones(1, 4)).tolist() == [[5.0] * 3]
+    """
+    run_python(code, KERAS_BACKEND="torch")
 
 
 def test_a_compiled_module_is_materialized_before_it_runs() -> None:
