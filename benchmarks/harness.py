@@ -55,7 +55,7 @@ def entries(row: Row, trees: Mapping[str, Path]) -> list[Entry]:
         Whose contenders are meant.
     trees : mapping of str to Path
         The working tree, under an empty name; where there is a second, under the name of its revision,
-        gpuconst is compared with itself and with nobody else.
+        gpuconst is compared with itself alone.
     """
     own = trees[""]
     if len(trees) == 1:

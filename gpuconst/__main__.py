@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             demo.run(backend=options.backend, value=options.value, device=options.device)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough; the interpreter must find nothing left to flush
+    except BrokenPipeError:  # the reader has seen enough; the interpreter must find nothing left to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ImportError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     owners : list
         Keep the memory alive where the arrays alone do not: an exported buffer can be all that does.
     streams : list of int
-        Handles of the CUDA streams of arrays that are of no framework, and not ours.
+        Handles of the CUDA streams that arrays of no framework name themselves.
     """
 
     device: str

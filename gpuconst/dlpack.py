@@ -64,7 +64,7 @@ def retag(capsule: Any, dtype: DType, max_version: tuple[int, int] | None, *, co
     Parameters
     ----------
     capsule : PyCapsule
-        Just exported, seen by nobody else.
+        Just exported, and not handed on yet.
     dtype : DType
         What its elements really are; the capsule names `dtype` itself or its carrier.
     max_version : tuple of int, optional

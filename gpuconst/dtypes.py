@@ -145,4 +145,18 @@ def _resolve_foreign(dtype: Any) -> DType:
     try:
         return _ALIASES[found]
     except (KeyError, TypeError):
-        raise TypeError(f"unknown dtype {brief(dtype)}; the dtypes are {', '.join(DTYPES)}") from None
+        raise TypeError(f"unknown dtype {brief(dtype)}; {_hint(found)}the dtypes are {', '.join(DTYPES)}") from None
+
+
+def _hint(dtype: Any) -> str:
+    """Return what else to do than to use an unknown dtype."""
+    if isinstance(dtype, str):
+        import difflib
+
+        nearest = difflib.get_close_matches(dtype.removeprefix("torch."), DTYPES, 1)
+        return "".join(f"did you mean {name!r}? " for name in nearest)
+    if isinstance(dtype, np.dtype) and dtype.names:
+        return f"of a structured array take one field, such as x[{dtype.names[0]!r}]; "
+    if isinstance(dtype, np.dtype) and dtype.kind in "mM":
+        return "take the integers that dates and durations are, x.view('int64'); "
+    return ""

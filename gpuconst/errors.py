@@ -10,7 +10,7 @@ _brief.maxother = _brief.maxstring = _brief.maxlong = 120
 
 
 def brief(value: Any) -> str:
-    """Return the repr of a value that somebody gave, cut where it would make a page of a message.
+    """Return the repr of a value, shortened for a message.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def about(error: Exception, what: str, way_out: str = "") -> Exception:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error of somebody else's says in its first line, or its type where it says nothing."""
+    """Return the first line of an error's message, or its type where there is none."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

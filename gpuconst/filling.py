@@ -254,9 +254,9 @@ class FillPlan:
     Made by `plan_fill`. The plan writes to the addresses that the arrays had when it was made, and keeps
     that memory alive. What gives an array other memory makes the plan stale: ask `stale` after anything
     of the kind, and make a new plan if it names any. After ``module.double()`` or ``tensor.data = …`` a
-    stale plan fills memory that nobody reads any more. What frees the memory itself, ``tensor.resize_``,
+    stale plan fills memory that is no longer read. What frees the memory itself, ``tensor.resize_``,
     ``untyped_storage().resize_`` (the resharding of FSDP does that) or ``ndarray.resize`` without its
-    check, nobody can keep alive: a fill after it writes into memory of others.
+    check, no plan survives: a fill after it overwrites memory that belongs to something else.
     """
 
     __slots__ = ("_arrays", "_extents", "_restricted", "_steps", "_storages", "_tensors")

@@ -53,7 +53,7 @@ def to_torch(array: Exporter) -> Any:
         raise BufferError(
             "torch makes fake tensors here, which have no memory; hand the array over before, or use torch.full"
         )
-    _check_shared(array, tensor.data_ptr(), "torch")
+    _check_shared(array, tensor.data_ptr(), "torch", "while it traces, use torch.full; else, ")
     return tensor
 
 
@@ -108,9 +108,9 @@ def _import(name: str, extra: str) -> Any:
         raise ImportError(f"{name} is not installed; pip install 'gpuconst[{extra}]'", name=name) from error
 
 
-def _check_shared(array: Exporter, address: int, consumer: str) -> None:
+def _check_shared(array: Exporter, address: int, consumer: str, way_out: str = "") -> None:
     if address != array.data_ptr() and array.size:
         raise BufferError(
-            f"{consumer} copied the array ({array.data_ptr():#x} became {address:#x}); to accept a copy, "
+            f"{consumer} copied the array ({array.data_ptr():#x} became {address:#x}); {way_out}to accept a copy, "
             "use its own conversion of to_numpy()"
         )

@@ -139,7 +139,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _is_plain(shape: Any) -> bool:
-    """Whether all dimensions are numbers; of others, such as those of an export, JAX has its own to say."""
+    """Whether all dimensions are numbers; JAX handles symbolic ones, such as those of an export, itself."""
     return isinstance(shape, Sequence) and all(isinstance(length, int | np.integer) for length in shape)
 
 
@@ -201,7 +201,7 @@ def _trace_state() -> Any:
 
 
 def _trace_state_of_a_new_thread() -> Any:
-    """Return the state of tracing nothing; whoever imports this module may be tracing."""
+    """Return the state of tracing nothing; this module may be imported while JAX traces."""
     states: list[Any] = []
     thread = threading.Thread(target=lambda: states.append(_trace_state()))
     thread.start()

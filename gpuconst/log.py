@@ -1,6 +1,6 @@
-"""What is logged, to whoever listens.
+"""Debug logging that does not import `logging`.
 
-Nobody can be listening where nobody has imported `logging`, and to import it takes a third of the time that
+Where it has not been imported no handler can be listening, and importing it takes a third of the time that
 ``import gpuconst`` takes beyond NumPy and ml_dtypes.
 """
 

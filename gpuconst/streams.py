@@ -92,7 +92,7 @@ def consumer_handle(stream: Any) -> int | None:
 
 
 def check_captured(handle: int, place: Place) -> None:
-    """Raise where a framework captures a CUDA graph, of which work on a stream that nobody named would be no part.
+    """Raise if a framework is capturing a CUDA graph that work on another stream would not be part of.
 
     Parameters
     ----------

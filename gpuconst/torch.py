@@ -253,7 +253,7 @@ class _Weight(_Named):
 
 
 class _Said:
-    """Has errors say what they are about; a class, for a generator would cost more than what it is put around."""
+    """Adds the tensor and the rule to errors; a class, because a generator as context manager takes longer."""
 
     def __init__(self, named: _Named, way_out: str = "") -> None:
         self._named, self._way_out = named, way_out

@@ -85,7 +85,7 @@ def has_memory(tensor: Any) -> bool:
 @functools.cache
 def _plain_types() -> frozenset[type]:
     """Return the types of which an object's memory is its own; asked only where there are tensors."""
-    torch = sys.modules["torch"]  # imported by whoever made a tensor; looking it up is all that costs
+    torch = sys.modules["torch"]  # imported, since there are tensors; looking it up is all that it costs
 
     return frozenset({torch.Tensor, torch.nn.Parameter})
 

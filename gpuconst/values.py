@@ -256,7 +256,7 @@ def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array of numbers, of any library: what those of others hold is theirs to say."""
+    """Whether a value is an array of numbers, of any library; only NumPy's are looked into."""
     if isinstance(value, np.ndarray):
         return (value.dtype.kind in "biufc" or value.dtype in _ML_DTYPES) and not np.any(getattr(value, "mask", False))
     return hasattr(value, "shape") and not isinstance(value, np.generic | memoryview)

@@ -31,7 +31,7 @@ _READ_ONLY = "it is read-only; fill a copy of it"
 
 
 class View(NamedTuple):
-    """Memory that somebody else owns.
+    """Memory that another library owns.
 
     Attributes
     ----------

@@ -89,7 +89,7 @@ class Driver(NamedTuple):
 
 
 def missing() -> str | None:
-    """Return that there is no driver, or None where there is one; does not call it."""
+    """Return why there is no driver, or None. Does not call it."""
     try:
         _library()
     except OSError as error:
@@ -333,7 +333,7 @@ def order(first: int, then: int, index: int) -> None:
     """Make stream `then` wait for what stream `first` has been given so far.
 
     Not if only one of them is being captured: a graph cannot wait for what is not part of it, nor anything for
-    the graph, which has not run. When it does, whoever launches it orders that.
+    the graph, which has not run. The code that launches the graph orders it.
 
     Raises
     ------

@@ -78,7 +78,7 @@ class Lease:
             self._users[stream] = stream
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if finalizing():  # nobody gets the memory next, and consumers' streams are gone
+        if finalizing():  # the memory is not used again, and consumers' streams are gone
             return
         if not self._given_back():
             _kept.append(self)

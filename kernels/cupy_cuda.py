@@ -75,7 +75,7 @@ def _missing_compiler() -> str | None:
     except Exception as error:
         return f"CuPy's compiler NVRTC has no CUDA headers ({first_line(error)}); {INSTALL}"
     try:
-        _signature()  # of parts of CuPy that are nobody's but its own
+        _signature()  # uses private parts of CuPy
     except Exception as error:
         return f"CuPy {cupy.__version__} makes elementwise kernels in another way ({first_line(error)}); use CuPy 14"
     try:

@@ -212,11 +212,11 @@ def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None
 
 
 def hand_over(memory: Map, first: int, then: int) -> None:
-    """Do nothing: the CPU has no streams, and nobody asks it to."""
+    """Do nothing: the CPU has no streams."""
 
 
 def order(first: int, then: int, index: int) -> None:
-    """Do nothing: the CPU has no streams, and nobody asks it to."""
+    """Do nothing: the CPU has no streams."""
 
 
 def synchronize(index: int, stream: int) -> None:

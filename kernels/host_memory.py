@@ -44,7 +44,7 @@ class Map(mmap.mmap):
 
 
 class _Block:
-    """Memory to hand out, and how to tell that nothing lives in it: nobody else refers to the map."""
+    """Memory to hand out, and how to tell that nothing lives in it: its map has no other references."""
 
     __slots__ = ("address", "idle_references", "memory", "nbytes", "used", "zeroed")
 
@@ -57,7 +57,7 @@ class _Block:
 
 
 # A thread takes a block out, looks at it, and puts it back; `pop` and `append` are atomic, so there is no
-# lock to be held across a fork, a signal or a finalizer. Whoever is about to hand out a block's memory
+# lock to be held across a fork, a signal or a finalizer. A thread that is about to hand out a block's memory
 # refers to its map before putting it back: once it is back, idle means idle.
 
 #: The slabs with room left: never more of them than threads that carved at once.
@@ -67,7 +67,7 @@ _recent: deque[_Block] = deque(maxlen=2)
 
 
 def reserve(nbytes: int) -> tuple[Map, int, bool]:
-    """Return writable memory: `nbytes` bytes rounded up to a multiple of `ALIGNMENT`, which nobody else has.
+    """Return writable memory: `nbytes` bytes rounded up to a multiple of `ALIGNMENT`, for the caller alone.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ The thread is kept, and waits for more: to wake it takes 10 to 25 us, to start o
 first could have filled megabytes. There is one for the process, and none is left where the process forks.
 
 An interrupt may come between any two lines of the thread that it is for. So what two threads have to agree
-on is one call that may be repeated, ``setdefault`` on a dict: whoever asks first is the answer for all.
+on is one call that may be repeated, ``setdefault`` on a dict: the first answer holds for both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Work:
     Attributes
     ----------
     left : iterator of callable
-        The tasks that nobody has begun.
+        The tasks that have not begun.
     cores : set of int
         Those that the caller may run on.
     core : int
@@ -40,7 +40,7 @@ class _Work:
     ended : bool
         Whether the helper has done its part.
     over : bool
-        Whether nobody is at it any more.
+        Whether both threads are done.
     error : BaseException or None
         What a task raised in the helper.
     """
@@ -119,7 +119,7 @@ _helper: _Helper | None = None
 def share(tasks: Sequence[Task]) -> None:
     """Run tasks by two threads, of which whichever is free takes the next.
 
-    By one, where another call has the second thread already: nobody gains by more than there are cores.
+    By one, where another call has the second thread already: more threads than cores gain nothing.
 
     Parameters
     ----------
@@ -183,7 +183,7 @@ def _current_core() -> Callable[[], int]:
 
 
 def _dismiss() -> None:
-    """Let the helper end: a child has no threads but the one that forked, and Python warns of others."""
+    """Let the helper end: a child has no threads but the one that forked, and Python warns of more."""
     global _helper
     if _helper is not None and not _desk:
         _helper.dismissed = True

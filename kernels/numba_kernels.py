@@ -1,6 +1,6 @@
 """The kernels of the Numba backend, as Python functions; importing this imports Numba.
 
-Numba splits every vector into scalars, so the one store that matters is an intrinsic. Whoever builds
+Numba splits every vector into scalars, so the one store that matters is an intrinsic. The code that builds
 the kernels passes it in: a test in the simulator passes one that checks the address instead.
 """
 

@@ -145,9 +145,15 @@ def test_foreign_byte_order(name: str) -> None:
     ids=lambda dtype: f"{dtype!s:.30}",
 )
 def test_an_unknown_dtype_is_told_the_known_ones(dtype: Any) -> None:
-    listed = re.escape(f"unknown dtype {dtype!r}; the dtypes are bool, int8, ") + ".*float8_e8m0fnu"
+    listed = re.escape(f"unknown dtype {dtype!r}; ") + ".*the dtypes are bool, int8, .*float8_e8m0fnu"
     with pytest.raises(TypeError, match=listed):
         gpuconst.full(1, 1, dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize(("spelling", "meant"), [("bf16", "bfloat16"), ("torch.float32", "float32"), ("Int8", "int8")])
+def test_a_misspelt_dtype_is_told_the_nearest(spelling: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown dtype '{spelling}'; did you mean '{meant}'. the dtypes are bool, "):
+        gpuconst.full(3, 1, dtype=spelling)
 
 
 @pytest.mark.parametrize("name", ["qint8", "string", "resource", "variant"])

@@ -183,6 +183,18 @@ def test_dtypes_that_are_not_in_the_table_are_refused(dtype: Any) -> None:
         gpuconst.fill(x, 0)
 
 
+def test_a_field_of_a_structured_array_and_the_integers_of_dates_are_the_way_out() -> None:
+    fields, dates = np.zeros(3, [("a", "f4"), ("b", "i2")]), np.zeros(3, "M8[s]")
+    with pytest.raises(TypeError, match=r"such as x\['a'\]; "):
+        gpuconst.fill(fields, 1)
+    with pytest.raises(TypeError, match=r"x\.view\('int64'\); "):
+        gpuconst.fill(dates, 1)
+    gpuconst.fill(fields["b"], 1)
+    gpuconst.fill(dates.view("int64"), 1)
+    assert fields.tolist() == [(0, 1)] * 3
+    assert dates.tolist() == np.full(3, 1, "M8[s]").tolist()
+
+
 @pytest.mark.parametrize("dtype", [">f4", ">i2", ">c16"])
 def test_foreign_byte_order_is_refused(dtype: str) -> None:
     x = np.ones(3, dtype)

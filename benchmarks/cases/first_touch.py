@@ -1,4 +1,4 @@
-"""What a new array costs where all are kept, as in a model that is initialised: memory nobody has touched."""
+"""What a new array costs where all are kept, as in a model that is initialised: memory not yet touched."""
 
 from __future__ import annotations
 

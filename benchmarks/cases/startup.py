@@ -37,7 +37,7 @@ def _contender(name: str, imports: str, call: str, ours: bool = False) -> Conten
 
 _CONTENDERS = [
     _contender("gpuconst", "import gpuconst", "gpuconst.full(1000, 1.1, device='cpu')", ours=True),
-    _contender("NumPy and ml_dtypes", "import numpy, ml_dtypes", "numpy.full(1000, 1.1, ml_dtypes.bfloat16)"),
+    _contender("NumPy and ml_dtypes", "import numpy, ml_dtypes", "numpy.full(1000, 1.1, numpy.float32)"),
     _contender("torch", "import torch", "torch.full((1000,), 1.1)"),
     _contender("JAX", "import jax.numpy as jnp", "jnp.full(1000, 1.1).block_until_ready()"),
 ]
