@@ -3,9 +3,12 @@
 import functools
 import hashlib
 import importlib
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import installed
+import numpy as np
 import pytest
 
 from benchmarks.store_widths import ARCHITECTURES, Code, nvdisasm, read
@@ -40,6 +43,12 @@ def disassembler() -> None:
         nvdisasm()
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+def test_numba_is_not_skipped_where_it_has_to_work() -> None:
+    if importlib.util.find_spec("numba_cuda") is None or np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+        pytest.skip("numba-cuda is not installed, or with a NumPy that it does not support")
+    assert installed.why_not("numba_cuda") is None
 
 
 @backends

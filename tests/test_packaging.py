@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Mapping
 from email.parser import Parser
@@ -30,12 +31,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     sources = folder / "sources"
     sources.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, sources)
     for name in ("gpuconst", "kernels", "tests"):
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
     run("-m", "build", "--no-isolation", "--outdir", folder, sources, cwd=folder)
-    assert len(list(folder.glob("*.tar.gz"))) == 1
     (built,) = folder.glob("*.whl")
     return built
 
@@ -54,6 +54,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     run(*pip, "--no-deps", "--no-index", "--target", target, wheel, cwd=target)
     return target
+
+
+def test_the_source_distribution_has_what_is_built_and_no_tests(wheel: Path) -> None:
+    (archive,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as sources:
+        tops = {path.split("/")[1] for path in sources.getnames() if "/" in path}
+    assert tops >= {"CHANGELOG.md", "LICENSE", "README.md", "gpuconst", "kernels", "pyproject.toml"}
+    assert "tests" not in tops
 
 
 def test_gpuconst_is_the_only_top_level_name(names: set[str]) -> None:
