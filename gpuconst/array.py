@@ -269,6 +269,8 @@ class Array:
             If TensorFlow is not installed.
         TypeError
             If the dtype is a float8, which TensorFlow's DLPack does not take.
+        BufferError
+            If the memory is on a GPU and this TensorFlow can use none.
         """
         if self._place.device != "cpu":  # TensorFlow reads on streams of its own
             self._place.module.synchronize(self._place.ordinal, self._stream)

@@ -79,6 +79,9 @@ def to_tensorflow(array: Exporter) -> Any:
             f"TensorFlow does not import {array._dtype.name} through DLPack; use to_jax(), or copy it, "
             "if TensorFlow has the dtype: tensorflow.constant(x.to_numpy())"
         )
+    if array.__dlpack_device__()[0] != CPU and not tensorflow.config.list_physical_devices("GPU"):
+        # TensorFlow would refuse it too, after it has freed the capsule that its owner then frees again.
+        raise BufferError("this TensorFlow can use no GPU; copy the array: tensorflow.constant(x.to_numpy())")
     return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 

@@ -1,10 +1,12 @@
 """New memory on the CPU: what is in it, where it lies, how long it lives, and who else has it."""
 
 import doctest
+import gc
 import itertools
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -208,6 +210,24 @@ def test_memory_is_not_used_again_while_anything_lives_in_it() -> None:
         full(64 * KIB, 2, dtype="uint8")
     assert_disjoint([*kept, *(full(64 * KIB, 2, dtype="uint8") for _ in range(100))])
     assert all((array.to_numpy() == 1).all() for array in kept)
+
+
+def test_a_large_block_is_used_again_for_what_needs_half_of_it() -> None:
+    start, stop = interval(full(32 * MIB, 1, dtype="uint8"))
+    assert not start <= full(2 * MIB, 1, dtype="uint8").data_ptr() < stop
+    assert full(16 * MIB, 1, dtype="uint8").data_ptr() == start
+    assert full(32 * MIB, 1, dtype="uint8").data_ptr() == start
+
+
+@pytest.mark.parametrize(("nbytes", "kept"), [(32 * MIB, True), (33 * MIB, False)])
+def test_a_block_is_kept_unless_it_is_very_large(nbytes: int, kept: bool) -> None:
+    memory: Any = full(nbytes, 1, dtype="uint8").to_numpy()
+    while isinstance(memory.base, np.ndarray):
+        memory = memory.base
+    block = weakref.ref(memory.base)
+    del memory
+    gc.collect()
+    assert (block() is not None) == kept
 
 
 def test_memory_in_use_is_what_was_asked_for(run_python: Callable[..., str]) -> None:

@@ -62,6 +62,21 @@ def test_nothing_is_launched_for_size_0() -> None:
 
 
 @on_standin()
+def test_words_of_any_bits_reach_the_kernels() -> None:
+    array = gpuconst.full(9000, -1, dtype="int64", device="cuda")
+    expected = np.full(9000, -1)
+    gpuconst.fill(Foreign(array, shape=(9000,)), -(2**63))
+    expected[:] = -(2**63)
+    gpuconst.fill(Foreign(array, shape=(3000,), strides=(24,)), -2)
+    expected[::3] = -2
+    gpuconst.fill_many([Foreign(array, 8, shape=(600,)), Foreign(array, 40000, shape=(700,))], [-3, -4])
+    expected[1:601], expected[5000:5700] = -3, -4
+    np.testing.assert_array_equal(array.to_numpy(), expected)
+    kernels = [launch.split()[0] for launch in launches()]
+    assert kernels == ["fill_run", "fill_run", "fill_strided32", "fill_runs"]
+
+
+@on_standin()
 def test_fill_of_foreign_memory() -> None:
     array = gpuconst.zeros(5000, dtype="int32", device="cuda:1")
     expected = array.to_numpy()
@@ -133,6 +148,12 @@ def test_out_of_memory_for_a_table_writes_nothing() -> None:
     del arrays[1]
     gpuconst.fill_many(arrays, 2.0)
     assert (arrays[0].to_numpy() == 2).all()
+
+
+@on_standin()
+def test_what_is_wrong_with_an_allocation_is_not_always_a_lack_of_memory() -> None:
+    with pytest.raises(OverflowError):
+        gpuconst.zeros(1, device="cuda", stream=1 << 64)
 
 
 @on_standin()
@@ -247,3 +268,13 @@ def test_a_fault_is_an_error() -> None:
     with pytest.raises(Exception, match="CUDA_ERROR"):
         backend.module.fill(beyond, 0, 0)
     assert current_context() == 0
+
+
+@pytest.mark.needs("tensorflow")
+@on_standin(CONSUMER="tensorflow")
+def test_a_fill_has_finished_before_tensorflow_gets_the_array() -> None:
+    stream = new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=stream)
+    with pytest.raises(BufferError, match="this TensorFlow can use no GPU; copy the array"):
+        array.to_tensorflow()
+    assert calls("cuStreamSynchronize") == [f"cuStreamSynchronize stream={stream:#x}"]

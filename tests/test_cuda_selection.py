@@ -135,6 +135,12 @@ def test_a_driver_that_crashes_or_hangs(raised: int, reason: str, monkeypatch: p
     assert numpy.why_not is None
 
 
+def test_a_probe_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ml_dtypes.py").write_text("raise ImportError('built for another NumPy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert gpuconst.info().default == "none: the probe of the GPU failed: ImportError: built for another NumPy"
+
+
 @on_standin(STANDIN_CAPABILITY=70)
 def test_a_card_that_the_compiler_has_dropped() -> None:
     check_unusable("Numba cannot compile for sm_70 (GPU compute capability 7.0 is not supported", backend="numba")

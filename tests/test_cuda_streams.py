@@ -85,6 +85,14 @@ def test_no_event_where_there_is_nothing_to_wait_for(consumer: Any) -> None:
 
 
 @on_standin()
+def test_no_event_where_one_stream_has_two_names() -> None:
+    array = gpuconst.full(10, 1.0, device="cuda", stream=0)
+    gpuconst.fill(array, 2.0, stream=1)
+    array.__dlpack__(stream=1)
+    assert not calls("cuEventRecord", "cuStreamWaitEvent")
+
+
+@on_standin()
 def test_memory_is_given_back_after_its_consumers_are_done() -> None:
     producer, first, second = new_stream(), new_stream(), new_stream()
     array = gpuconst.full(1000, 1.0, device="cuda", stream=producer)
@@ -133,6 +141,23 @@ def test_filling_on_another_stream_waits_for_the_first() -> None:
     assert wait.startswith(f"cuStreamWaitEvent stream={second:#x}")
     assert f"stream={second:#x}" in launch
     assert array.__cuda_array_interface__["stream"] == second
+
+
+@pytest.mark.parametrize("use", ["fill_many", "plan"])
+@on_standin()
+def test_a_consumer_waits_for_the_stream_that_filled_last(use: str) -> None:
+    first, second, consumer = new_stream(), new_stream(), new_stream()
+    arrays = [gpuconst.full(n, 1.0, device="cuda", stream=first) for n in (10, 20)]
+    if use == "fill_many":
+        gpuconst.fill_many(arrays, 2.0, stream=second)
+    else:
+        gpuconst.plan_fill(arrays, 2.0).fill(stream=second)
+    for array in arrays:
+        assert array.__cuda_array_interface__["stream"] == second
+        array.__dlpack__(stream=consumer)
+        record, wait = calls("cuEventRecord", "cuStreamWaitEvent")[-2:]
+        assert record.endswith(f"stream={second:#x}")
+        assert wait.startswith(f"cuStreamWaitEvent stream={consumer:#x}")
 
 
 @pytest.mark.parametrize("use", ["fill_many", "plan"])
@@ -229,17 +254,37 @@ def test_a_table_is_freed_after_the_fill_that_reads_it() -> None:
 
 @on_standin()
 def test_a_stream_of_another_device_is_refused() -> None:
-    stream = new_stream(1)
-
-    class Other:
-        device_index = 1
+    class Stream:
+        def __init__(self, index: int) -> None:
+            self.device_index = index
+            self.handle = new_stream(index)
 
         def __cuda_stream__(self) -> tuple[int, int]:
-            return 0, stream
+            return 0, self.handle
 
-    with pytest.raises(ValueError, match="is a stream of cuda:1"):
-        gpuconst.full(10, 1.0, device="cuda:0", stream=Other())
+    for index in (0, 1):
+        with pytest.raises(ValueError, match=f"is a stream of cuda:{index}, the memory is on cuda:{1 - index}"):
+            gpuconst.full(10, 1.0, device=f"cuda:{1 - index}", stream=Stream(index))
     assert not launches()
+
+
+@pytest.mark.parametrize("stream", [True, False, -1, 1.0, "1"])
+@on_standin()
+def test_what_is_no_stream_is_refused(stream: Any) -> None:
+    array = gpuconst.zeros(10, device="cuda")
+    with pytest.raises(TypeError, match=f"{stream!r} is no stream"):
+        gpuconst.full(10, 1.0, device="cuda", stream=stream)
+    with pytest.raises(TypeError, match=f"{stream!r} is no stream"):
+        gpuconst.fill(array, 1.0, stream=stream)
+    assert len(launches()) == 1
+
+
+@pytest.mark.parametrize("stream", [True, 0, -2, 1.0])
+@on_standin()
+def test_what_is_no_stream_of_dlpack_is_refused(stream: Any) -> None:
+    array = gpuconst.zeros(10, device="cuda")
+    with pytest.raises(ValueError, match=f"stream={stream} is no CUDA stream number of DLPack"):
+        array.__dlpack__(stream=stream)
 
 
 @contextmanager
@@ -288,6 +333,16 @@ def test_what_is_done_beside_a_capture_does_not_spoil_it() -> None:
         assert [array.to_numpy().max() for array in (*arrays, *made.values())] == [2.0, 2.0, 1.0, 2.0]
 
 
+@pytest.mark.parametrize(("count", "waits"), [(1, 0), (2, 1)])
+@on_standin()
+def test_a_plan_with_a_table_is_waited_for_when_it_is_made(count: int, waits: int) -> None:
+    arrays = [gpuconst.zeros(n, device="cuda") for n in range(1, count + 1)]
+    plan = gpuconst.plan_fill(arrays, 1.0)
+    for _ in range(3):
+        plan.fill()
+        assert len(calls("cuStreamSynchronize")) == waits
+
+
 @on_standin()
 def test_a_plan_makes_nobody_wait_before_it_is_gone() -> None:
     first, second = new_stream(), new_stream()
@@ -312,13 +367,16 @@ def test_capture_may_be_the_first_use() -> None:
 
 @on_standin(CAPTURE="kernels")
 def test_kernels_are_loaded_while_a_graph_is_captured() -> None:
-    stream = new_stream()
-    array = gpuconst.full((64, 64), 1.0, device="cuda:0", stream=stream)  # with the one kernel that is loaded then
-    plan = gpuconst.plan_fill([Foreign(array, shape=(10,)), Foreign(array, 80, shape=(5,), strides=(12,))], 3.0)
-    with captured(stream):
-        gpuconst.fill(Foreign(array, shape=(5,), strides=(8,)), 2.0, stream=stream)
-        plan.fill(stream=stream)
-    assert [launch.split()[0] for launch in launches()[1:]] == ["fill_strided32", "fill_run", "fill_strided32"]
+    for index in (0, 1):
+        stream = new_stream(index)
+        array = gpuconst.full((64, 64), 1.0, device=f"cuda:{index}", stream=stream)  # with the one kernel loaded then
+        plan = gpuconst.plan_fill([Foreign(array, shape=(10,)), Foreign(array, 80, shape=(5,), strides=(12,))], 3.0)
+        before = len(launches())
+        with captured(stream):
+            gpuconst.fill(Foreign(array, shape=(5,), strides=(8,)), 2.0, stream=stream)
+            plan.fill(stream=stream)
+        kernels = [launch.split()[0] for launch in launches()[before:]]
+        assert kernels == ["fill_strided32", "fill_run", "fill_strided32"]
 
 
 @pytest.mark.parametrize("use", ["fill", "plan"])

@@ -332,6 +332,25 @@ def test_nothing_is_written_if_one_of_a_few_tensors_cannot_be(kind: str) -> None
     assert [x._version for x in good] == [0, 0, 0, 0]
 
 
+class CodedError(ValueError):
+    def __init__(self, code: int) -> None:
+        super().__init__({7: "the exporter is closed"}[code])
+
+
+class Closed:
+    def __dlpack__(self, **arguments: Any) -> Any:
+        raise CodedError(7)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+def test_an_error_that_takes_no_message_gets_a_note() -> None:
+    with pytest.raises(CodedError, match="the exporter is closed") as caught:
+        gpuconst.fill_many([np.zeros(3), Closed()], 1)
+    assert caught.value.__notes__ == ["xs[1]"]
+
+
 def test_one_value_that_does_not_fit_all() -> None:
     arrays = [torch.zeros(3), torch.zeros(3, dtype=torch.int8), torch.zeros(3, dtype=torch.uint8)]
     with pytest.raises(OverflowError, match=r"^xs\[2\]: -1 does not fit uint8"):
@@ -567,7 +586,7 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
     x = torch.zeros(6)
     with caplog.at_level(logging.DEBUG, "gpuconst"):
         gpuconst.fill_many([x, x[:2], np.zeros((4, 2))[:, 0]], 1)
-        gpuconst.fill_many([x, x[:2], bytearray(32)], 1)
+        gpuconst.fill_many([x, x[:2], bytearray(32), np.zeros((4, 200))[:, :100]], 1)
     in_turn, at_once = caplog.messages
     assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 1 batches; took 0\.\d{6} s", in_turn)
-    assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 2 batches; took 0\.\d{6} s", at_once)
+    assert re.fullmatch(r"filled 4 arrays, 3264 bytes, in 2 batches; took 0\.\d{6} s", at_once)

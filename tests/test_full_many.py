@@ -198,6 +198,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     ((-1, 1.0, None), ValueError, "negative dimension"),
     ((2.5, 1.0, None), TypeError, "a shape is an int"),
     ((2**62, 1.0, None), OverflowError, r"more than 2\*\*63 - 1 bytes"),
+    ((2**60 - 1, 0.0, "complex128"), OverflowError, r"more than 2\*\*63 - 1 bytes"),
     ((3, 1.0, "float31"), TypeError, "unknown dtype 'float31'"),
     ((3, 300, "int8"), OverflowError, "300 does not fit int8"),
     ((3, 0.5, "int8"), TypeError, "has a fraction"),
@@ -213,7 +214,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
 def test_a_wrong_spec_is_told_with_its_name_before_anything_is_allocated(
     spec: Any, error: type[Exception], message: str, last: bool
 ) -> None:
-    huge = {"huge": (2**61, 1, "uint8")}  # more memory than there is
+    huge = {"huge": (2**57, 1, "uint8")}  # more memory than there is
     asked = {**huge, "layer.bias": spec} if last else {"layer.bias": spec, **huge}
     with pytest.raises(error, match=f"^'layer.bias':? .*{message}"):
         full_many(asked)

@@ -57,6 +57,34 @@ def test_the_second_thread_keeps_off_the_core_of_the_first(run_python: Callable[
 
 @needs_two_cores
 @needs_affinity
+def test_the_second_thread_keeps_off_the_core_that_the_first_has_moved_to(run_python: Callable[..., Any]) -> None:
+    run_python(
+        """
+        import os, threading, time
+        from gpuconst.kernels import host_threads
+
+        allowed = os.sched_getaffinity(0)
+        together = threading.Barrier(2, timeout=30)
+        avoided = set()
+
+        def task():
+            together.wait()
+            if threading.current_thread() is not threading.main_thread():
+                avoided.update(allowed - os.sched_getaffinity(0))
+
+        deadline = time.monotonic() + 30
+        while len(avoided) < 2:  # the system may move the first back at once
+            assert time.monotonic() < deadline, avoided
+            for core in allowed:
+                os.sched_setaffinity(0, {core})
+                os.sched_setaffinity(0, allowed)
+                host_threads.share([task, task])
+        """
+    )
+
+
+@needs_two_cores
+@needs_affinity
 def test_no_core_is_used_that_was_taken_away(run_python: Callable[..., Any]) -> None:
     run_python(
         """

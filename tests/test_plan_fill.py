@@ -36,6 +36,14 @@ def test_every_fill_writes_what_one_fill_after_the_other_writes(case: tuple[int,
     assert plan.stale() == []
 
 
+def test_pitched_rows_of_one_length_are_filled_to_the_last() -> None:
+    arrays = [np.zeros((8, 2000), np.float32) for _ in range(6)]
+    gpuconst.plan_fill([x[:, :1000] for x in arrays], range(1, 7)).fill()
+    for value, x in enumerate(arrays, start=1):
+        assert (x[:, :1000] == value).all()
+        assert not x[:, 1000:].any()
+
+
 def test_later_changes_of_the_lists_do_not_matter() -> None:
     arrays, values = [torch.zeros(3), torch.zeros(3)], [1, 2]
     plan = gpuconst.plan_fill(arrays, values)

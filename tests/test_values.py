@@ -116,6 +116,7 @@ def elements(dtype: str) -> st.SearchStrategy[bytes]:
 @example(2**1024, "float64")
 @example(10**400, "complex64")
 @example(2**-127, "float8_e8m0fnu")
+@example(2**63 + 2**39 + 1, "float32")  # by way of a float64 it would be rounded twice
 def test_any_number_into_any_dtype(value: complex, dtype: str) -> None:
     expected = error_of(value, dtype)
     if expected is None:
@@ -437,6 +438,9 @@ def at_once(values: list[Any], dtype: str) -> bytes | tuple[type[Exception], str
     st.lists(EDGES, max_size=6) | st.lists(st.integers(-300, 2**64), max_size=6) | st.lists(NUMBERS, max_size=6),
     st.sampled_from(list(DTYPES)),
 )
+@example([1.0, math.inf], "float8_e4m3fn")
+@example([1.0, -math.inf], "float8_e5m2fnuz")
+@example([1.0, 1e-45], "float8_e8m0fnu")
 def test_many_at_once_are_encoded_as_one_by_one(values: list[Any], dtype: str) -> None:
     assert at_once(values, dtype) == one_by_one(values, dtype)
 
