@@ -94,10 +94,10 @@ def prepare(
     for region in strided:
         launches.extend(strided_launches(region))
 
-    def fill(on: int) -> None:
+    def run(on: int) -> None:
         for launch in launches:
             start(launch, index, on)
         if memory is not None:
             memory.used_on(on)  # the table goes back to its pool when they are done with it
 
-    return fill
+    return run

@@ -238,6 +238,29 @@ def test_capture_refuses_what_allocates(backend: str, torch: Any, what: str) -> 
     assert xs[0].tolist() == [2.0] * 10
 
 
+@pytest.mark.parametrize("blocking", [False, True])
+def test_memory_that_is_dropped_during_a_capture_leaves_the_graph_alone(backend: str, blocking: bool) -> None:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    stream = cupy.cuda.Stream(non_blocking=not blocking)
+    x = cupy.zeros(1000, cupy.float32)
+    own = gpuconst.full(1000, 1.0, device="cuda", stream=stream)
+    handed = gpuconst.full(1000, 1.0, device="cuda")
+    gpuconst.fill(handed, 2.0, stream=stream)
+    pointers = {own.data_ptr(), handed.data_ptr()}
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        del own, handed
+        gc.collect()
+        gpuconst.fill(x, 3.0)
+        graph = stream.end_capture()
+        graph.launch(stream)
+    stream.synchronize()
+    assert (x.get() == 3.0).all()
+    again = [gpuconst.full(1000, 1.0, device="cuda", stream=on) for on in (stream, None) for _ in range(8)]
+    assert pointers & {array.data_ptr() for array in again}
+
+
 def test_fill_runs_on_the_current_stream_of_torch(backend: str, torch: Any) -> None:
     stream = torch.cuda.Stream()
     x = torch.zeros(1 << 20, device="cuda")
