@@ -32,6 +32,8 @@ class DType:
         Bytes in one element.
     dlpack_code, dlpack_bits : int
         The `DLDataType` of the DLPack specification.
+    native : bool
+        Whether NumPy itself can name this dtype (false for the ml_dtypes formats).
     """
 
     name: str
@@ -40,11 +42,7 @@ class DType:
     itemsize: int
     dlpack_code: int
     dlpack_bits: int
-
-    @property
-    def native(self) -> bool:
-        """Whether NumPy itself can name this dtype (false for the ml_dtypes formats)."""
-        return self.carrier is self.numpy
+    native: bool
 
 
 # DLDataTypeCode of dlpack.h.
@@ -64,13 +62,13 @@ _EXTENDED = {
 
 def _native(name: str) -> DType:
     dtype = np.dtype(name)
-    return DType(name, dtype, dtype, dtype.itemsize, _KINDS[dtype.kind], dtype.itemsize * 8)
+    return DType(name, dtype, dtype, dtype.itemsize, _KINDS[dtype.kind], dtype.itemsize * 8, native=True)
 
 
 def _extended(name: str, code: int) -> DType:
     dtype = np.dtype(getattr(ml_dtypes, name))
     carrier = np.dtype(f"uint{dtype.itemsize * 8}")
-    return DType(name, dtype, carrier, dtype.itemsize, code, dtype.itemsize * 8)
+    return DType(name, dtype, carrier, dtype.itemsize, code, dtype.itemsize * 8, native=False)
 
 
 #: Every dtype there is, by name.

@@ -6,7 +6,6 @@ import importlib
 import sys
 from typing import Any, Protocol
 
-from .dlpack import CPU
 from .dtypes import DType
 from .torch_rules import has_memory
 
@@ -19,6 +18,10 @@ class Exporter(Protocol):
     @property
     def size(self) -> int:
         """Number of elements."""
+
+    @property
+    def device(self) -> str:
+        """Where it is."""
 
     def data_ptr(self) -> int:
         """Return the address."""
@@ -34,16 +37,13 @@ class Exporter(Protocol):
     def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None) -> Any:
         """Export a capsule."""
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """Return where it is."""
-
 
 def to_torch(array: Exporter) -> Any:
     """Return a torch tensor of the array's memory."""
     torch, dtype = _import("torch", "torch"), array._dtype
     if not hasattr(torch, dtype.name):
         raise TypeError(f"torch {torch.__version__} has no dtype {dtype.name}; to_numpy() and to_jax() take it")
-    on_cpu = array.__dlpack_device__()[0] == CPU
+    on_cpu = array.device == "cpu"
     if on_cpu and dtype.native:  # sooner than a capsule is made and read
         tensor = torch.from_numpy(array._exporter)
     else:
@@ -79,7 +79,7 @@ def to_tensorflow(array: Exporter) -> Any:
             f"TensorFlow does not import {array._dtype.name} through DLPack; use to_jax(), or copy it, "
             "if TensorFlow has the dtype: tensorflow.constant(x.to_numpy())"
         )
-    if array.__dlpack_device__()[0] != CPU and not tensorflow.config.list_physical_devices("GPU"):
+    if array.device != "cpu" and not tensorflow.config.list_physical_devices("GPU"):
         # TensorFlow would refuse it too, after it has freed the capsule that its owner then frees again.
         raise BufferError("this TensorFlow can use no GPU; copy the array: tensorflow.constant(x.to_numpy())")
     return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
@@ -87,7 +87,7 @@ def to_tensorflow(array: Exporter) -> Any:
 
 def to_cupy(array: Exporter) -> Any:
     """Return a CuPy array of the array's memory."""
-    if array.__dlpack_device__()[0] == CPU:
+    if array.device == "cpu":
         raise BufferError(
             "CuPy holds CUDA memory only, and this array is on the CPU; "
             "fill with device='cuda', or copy it: cupy.asarray(x.to_numpy())"
