@@ -18,12 +18,12 @@ from benchmarks.processes import environment
 from benchmarks.results import Results, write
 from benchmarks.table import document
 
-#: Seconds for which the others on the machine are watched before each case.
+#: Seconds for which other processes on the machine are watched before each case.
 WATCHED, QUICK_WATCHED = 0.5, 0.05
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, and show what was found."""
+    """Run the cases, and print the results."""
     parser = _parser()
     options = parser.parse_args(arguments)
     known = cases.GPU if options.gpu else cases.CPU
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, names: list[str], compared: dict[str, Path
     )
     quick = "quick, not for quoting, " if options.quick else ""
     when = f"{quick}commit {trees.commit()}, {datetime.datetime.now(datetime.UTC):%Y-%m-%d}"
-    tqdm.monitor_interval = 0  # its thread would run beside what is measured
+    tqdm.monitor_interval = 0  # its thread would run beside the measurement
     total = sum(len(cases.load(name).rows(options.quick)) for name in names)
     form = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {desc}"
     with tqdm(total=total, bar_format=form, disable=None) as bar:

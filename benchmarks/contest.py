@@ -1,4 +1,4 @@
-"""What a benchmark is made of: a case, its rows, and the contenders of a row."""
+"""The parts of a benchmark: a case, its rows, and the contenders of a row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-#: What everything is filled with. Never 0, which peers get from the system or with a memset.
+#: The value to fill with. Never 0, which peers get from the system or with a memset.
 VALUE = 1.1
 
 
@@ -23,16 +23,16 @@ class Contender:
     name : str
         As in the table; unique in its row.
     make : callable
-        Takes the row's arguments, does what needs to be done once, and returns the function to measure.
-        May raise `MissingError`; a library that is not installed counts as that, and for a peer any failure.
+        Takes the row's arguments, does the work that is needed once, and returns the function to measure.
+        May raise `MissingError`; a library that is not installed counts as one, and so does any failure of a peer.
     ours : bool
-        Whether it is gpuconst, and so is compared with those that are not.
+        Whether it is gpuconst, and so is compared with the peers.
     beside : bool
         Whether it does less than the row asks for, and so is shown but not counted as a rival.
     threads : int or None
-        What ``torch.set_num_threads`` is given, None for the number of cores.
+        The argument of ``torch.set_num_threads``, None for the number of cores.
     environment : mapping of str to str
-        Environment variables of the process it runs in, beside the row's.
+        Environment variables of the process it runs in, in addition to the row's.
     """
 
     name: str
@@ -54,11 +54,11 @@ class Row:
     contenders : sequence of Contender
         In the order in which they take turns.
     arguments : mapping of str to object
-        Of each contender's `make`.
+        Keyword arguments of each contender's `make`.
     x : float or None
-        Where the row is on the axis of a plot; None leaves it out.
+        Position of the row on the axis of a plot; None leaves it out.
     nbytes : int
-        Bytes that one call fills, 0 where that means nothing.
+        Bytes that one call fills; 0 if not applicable.
     environment : mapping of str to str
         Environment variables of the processes.
     """
@@ -80,19 +80,18 @@ class Case:
     title : str
         One line.
     rows : callable
-        Takes whether the run is a quick one; the same rows at every call, for the worker makes its own.
+        Takes whether the run is a quick one; returns the same rows at every call, since the worker makes its own.
     check : callable or None
-        Takes what a contender's function returned, and raises if that is not what it should be; the
-        function is then timed in a loop. None: contenders check their work and return the figure
-        themselves.
+        Takes the result of a contender's function, and raises if it is wrong; the function is then timed in
+        a loop. None: contenders check their work and return the figure themselves.
     unit : str
         ``"s"``, ``"bytes"``.
     axis : str
-        What `Row.x` counts, ``"bytes"`` or ``"arrays"``; empty where there is nothing to plot.
+        What `Row.x` counts, ``"bytes"`` or ``"arrays"``; empty if there is nothing to plot.
     fresh : bool
         Whether each round and contender gets a process of its own, in which it goes through all rows.
     rounds : int
-        The most rounds of a full run.
+        Maximum number of rounds of a full run.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""Runs cases: who takes a turn when, in which process, and how often."""
+"""Runs cases: which contender takes a turn when, in which process, and how often."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.processes import Worker, environment
 from benchmarks.results import CaseResult, RowResult
 from benchmarks.statistics import ratio, summary
 
-#: Seconds of a full run's row after which no further round begins, and the rounds it has at least.
+#: Seconds that a full run aims to spend on a row, and the minimum number of rounds.
 BUDGET, FEWEST_ROUNDS = 3.0, 5
 QUICK_ROUNDS = 2
 
@@ -33,11 +33,11 @@ class Entry(NamedTuple):
     label : str
         The contender's name, with the revision where it is not the working tree's.
     contender : Contender
-        Who takes the turn.
+        The contender itself.
     tree : Path
-        Where its process imports gpuconst from.
+        The folder from which its process imports gpuconst.
     ours : bool
-        Whether it is compared with those that are not.
+        Whether it is compared with the others.
     """
 
     label: str
@@ -47,15 +47,15 @@ class Entry(NamedTuple):
 
 
 def entries(row: Row, trees: Mapping[str, Path]) -> list[Entry]:
-    """Return who takes part in a row.
+    """Return the entries that take part in a row.
 
     Parameters
     ----------
     row : Row
-        Whose contenders are meant.
+        The row whose contenders take part.
     trees : mapping of str to Path
-        The working tree, under an empty name; where there is a second, under the name of its revision,
-        gpuconst is compared with itself alone.
+        The working tree under an empty name. If there is a second tree, under the name of its revision,
+        gpuconst is compared only with itself.
     """
     own = trees[""]
     if len(trees) == 1:
@@ -76,17 +76,17 @@ def run_case(
     Parameters
     ----------
     name : str
-        Of the case.
+        Name of the case.
     trees : mapping of str to Path
         As for `entries`.
     quick : bool
-        Whether to do the least that exercises everything.
+        Whether to do the minimum that exercises everything.
     gpu : bool
         Whether the processes may use GPUs.
     busy : float
-        Goes into the result.
+        Share of the machine that other processes use, recorded in the result.
     progress : callable
-        Is told of rows done, in fractions, and what is being done.
+        Takes the number of rows done since the last call, which may be a fraction, and what is being done.
 
     Returns
     -------
@@ -95,7 +95,7 @@ def run_case(
     Raises
     ------
     RuntimeError
-        If gpuconst failed, or filled with something else than the value; of a peer that is a remark.
+        If gpuconst failed or filled with a wrong value; for a peer this only becomes a remark.
     """
     case = load(name)
     rows = case.rows(quick)
@@ -137,7 +137,7 @@ class _Contest:
                     if self._prepare(index, entry, workers[key]):
                         present.append((entry, workers[key]))
                 start = time.perf_counter()
-                for entry, worker in present:  # warm-up, and the length of a round
+                for entry, worker in present:  # warm-up, and to measure the length of a round
                     self._ask("sample", index, entry, worker)
                 for _ in range(self._rounds(time.perf_counter() - start)):
                     for entry, worker in present:
@@ -149,7 +149,7 @@ class _Contest:
                 self._progress(1, f"{self._name}: {row.label}")
 
     def run_fresh(self) -> None:
-        """Take turns with a process each; one that is missing once has no later turn."""
+        """Take turns in a new process for each contender and round."""
         lanes: dict[tuple[str, tuple[tuple[str, str], ...]], list[tuple[int, Entry]]] = {}
         for index, row in enumerate(self._rows):
             for entry in entries(row, self._trees):
@@ -167,7 +167,7 @@ class _Contest:
                         self._progress(len(self._rows) / turns / rounds, f"{self._name}: {entry.label}")
 
     def result(self, index: int) -> RowResult:
-        """Return what was found in a row."""
+        """Return the results of a row."""
         row, samples = self._rows[index], self._samples[index]
         present = [entry for entry in entries(row, self._trees) if entry.label in samples]
         ours = [entry for entry in present if entry.ours]

@@ -1,4 +1,4 @@
-"""Where a run took place: hardware, versions, and who else was using it."""
+"""The machine of a run: hardware, versions, and how busy it was otherwise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROBE = "import gpuconst, json; print(json.dumps(gpuconst.info().asdict()))"
 
 
 def info(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return what `gpuconst.info` says in a process with an environment."""
+    """Return the result of `gpuconst.info` in a process with the given environment."""
     command = [sys.executable, "-P", "-c", _PROBE]
     done = subprocess.run(command, env=dict(environment), check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -36,7 +36,7 @@ def describe(found: Mapping[str, Any], gpu: bool) -> str:
     found : mapping
         From `info`.
     gpu : bool
-        Whether the run is about GPUs.
+        Whether the run measures GPUs.
     """
     if gpu:
         return f"{'; '.join(found['devices'])}; driver for CUDA {found['driver']}; {_processor()}; {platform.system()}"
@@ -48,7 +48,7 @@ def describe(found: Mapping[str, Any], gpu: bool) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of what is compared, where it is installed."""
+    """Return the versions of Python and of the compared packages that are installed."""
     found = {"Python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 
 
 def busy(seconds: float) -> float:
-    """Return the share of the machine's cores that others used while this process waited; 0 where unknown."""
+    """Return the share of the machine's cores that others used while this process waited; 0 if unknown."""
     before = _ticks()
     time.sleep(seconds)
     after = _ticks()
@@ -69,7 +69,7 @@ def busy(seconds: float) -> float:
 
 
 def _ticks() -> tuple[int, int] | None:
-    """Return the idle and all ticks of all cores since the machine started."""
+    """Return the idle ticks and the total ticks of all cores since the machine started."""
     path = Path("/proc/stat")
     if not path.exists():
         return None

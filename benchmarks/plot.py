@@ -12,7 +12,7 @@ from benchmarks.table import size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Inches: as wide as a README is shown.
+#: Size of a panel in inches: three columns are as wide as a README is shown.
 _PANEL = 3.3, 3.3
 _ONE = {"bytes": "a byte", "arrays": "an array"}
 _STYLE: Any = {
@@ -27,14 +27,14 @@ _STYLE: Any = {
 
 
 def plot_ratios(results: Results, path: Path) -> None:
-    """Draw ours / peer against size, one panel a case and one line a peer.
+    """Draw ours / peer against size, with one panel per case and one line per peer.
 
     Parameters
     ----------
     results : Results
-        Of any run; cases without a size are left out.
+        Results of any run; cases without a size are left out.
     path : Path
-        Its suffix says the format.
+        File to write; its suffix determines the format.
 
     Raises
     ------
@@ -46,7 +46,7 @@ def plot_ratios(results: Results, path: Path) -> None:
 
 
 def plot_growth(results: Results, path: Path) -> None:
-    """Draw time or memory per byte, or time per array, against how many there are; one line a contender."""
+    """Draw time or memory per byte, or time per array, against their number; one line per contender."""
     _draw([case for case in results.cases.values() if case.axis], _growth_panel, path)
 
 
@@ -83,13 +83,13 @@ def _draw(
         lines = {line.get_label(): line for place in axes.flat for line in place.get_lines()}
         named = {name: line for name, line in lines.items() if name in styles}
         figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, handlelength=4)
-        # No date, so that the same results make the same file.
+        # No date, so that the same results give the same file.
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=150)
         pyplot.close(figure)
 
 
 def _styles(cases: list[CaseResult]) -> dict[str, dict[str, Any]]:
-    """Return how to draw each contender, the same in all panels: peers in colours, gpuconst black and thick."""
+    """Return the style of each contender, the same in all panels: peers in colours, gpuconst black and thick."""
     peers = dict.fromkeys(peer for case in cases for peer in case.peers)
     ours = dict.fromkeys(name for case in cases for name in case.ours)
     dashes = ("-", "--", ":", "-.")

@@ -1,4 +1,4 @@
-"""Worker processes, started as they are needed and asked one thing at a time."""
+"""Worker processes, started when needed, which answer one request at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Worker:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
-        # -P: not the working directory's gpuconst, whatever PYTHONPATH says.
+        # -P: never the working directory's gpuconst, whatever PYTHONPATH says.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "benchmarks.worker"],
             stdin=subprocess.PIPE,
@@ -41,14 +41,14 @@ class Worker:
         )
 
     def ask(self, do: str, **arguments: Any) -> Any:
-        """Return the worker's answer.
+        """Send the worker a request, and return its answer.
 
         Raises
         ------
         MissingError
             If a contender cannot take part.
         RuntimeError
-            If the worker failed; the message ends with what it wrote.
+            If the worker failed; the message ends with its output.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -76,6 +76,6 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()  # its memory goes at once; nothing in it needs an orderly end
+        self._process.kill()  # its memory is freed at once; nothing in it needs an orderly end
         self._process.communicate()
         self._log.close()

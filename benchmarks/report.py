@@ -2,7 +2,7 @@
 
 A text has a place for a table between ``<!-- results:FILE/NAME -->`` and ``<!-- /results -->``, where FILE
 is the stem of a file in ``benchmarks/results/`` and NAME a case, ``header`` or ``summary``. The place
-stays empty as long as there is no such file, or only one of a run from before there was the case.
+stays empty as long as there is no such file, or the file does not have the case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rendered(text: str, folder: Path) -> str:
     Raises
     ------
     KeyError
-        If a place names a case that there is not.
+        If a place names a case that does not exist.
     """
 
     def table(place: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a run found, and the JSON file that keeps it."""
+"""The results of a run, and the JSON file that stores them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RowResult:
     beside : list of str
         The peers that do less than the row asks for.
     ratios : dict of str to dict of str to Summary
-        For each of ours, ours / peer by peer.
+        For each of ours, the ratio ours / peer to each peer.
     missing : dict of str to str
         Why a contender could not take part.
     """
@@ -40,7 +40,7 @@ class RowResult:
     missing: dict[str, str] = field(default_factory=dict)
 
     def fastest(self, ours: str) -> str | None:
-        """Return the peer with the least median among those that do all of the work, None where there is none."""
+        """Return the peer with the smallest median among those that do all of the work, None if there is none."""
         rivals = [peer for peer in self.ratios[ours] if peer not in self.beside]
         return min(rivals, key=lambda peer: self.measured[peer].median, default=None)
 
@@ -54,7 +54,7 @@ class CaseResult:
     title, unit, axis : str
         As in `contest.Case`.
     busy : float
-        Share of the machine that others used just before.
+        Share of the machine that other processes used just before.
     rows : list of RowResult
         In the case's order.
     """
@@ -72,7 +72,7 @@ class CaseResult:
 
     @property
     def peers(self) -> list[str]:
-        """The contenders that are not, in any row; those that could not take part are not among them."""
+        """The peers in any row, without those that could not take part."""
         return list(dict.fromkeys(name for row in self.rows for name in row.measured if name not in self.ours))
 
 
@@ -85,7 +85,7 @@ class Results:
     header : dict of str to str
         Machine, versions, method, commit, date and duration.
     cases : dict of str to CaseResult
-        By the name of the case.
+        Results by the name of the case.
     """
 
     header: dict[str, str]
@@ -98,7 +98,7 @@ def write(results: Results, path: Path) -> None:
 
 
 def read(path: Path) -> Results:
-    """Read what `write` wrote."""
+    """Read a run that `write` wrote."""
     found = json.loads(path.read_text())
     results = Results(found["header"])
     for name, case in found["cases"].items():

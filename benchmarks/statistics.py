@@ -6,21 +6,21 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-#: What follows would be noise, in the files and in the differences between them.
+#: Significant digits that are kept; more would be noise, in the files and in the differences between them.
 _DIGITS = 4
 
 
 class Summary(NamedTuple):
-    """Samples in short.
+    """Median and quartiles of samples.
 
     Attributes
     ----------
     median : float
-        The middle one.
+        The median.
     low, high : float
         The first and the third quartile.
     samples : int
-        How many there were.
+        Number of samples.
     """
 
     median: float
@@ -30,7 +30,7 @@ class Summary(NamedTuple):
 
 
 def summary(samples: Sequence[float]) -> Summary:
-    """Return median and quartiles of at least one sample, to four significant digits."""
+    """Return the median and quartiles of at least one sample, to four significant digits."""
     quartiles = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else [samples[0]] * 3
     low, median, high = (float(f"{quartile:.{_DIGITS}g}") for quartile in quartiles)
     return Summary(median, low, high, len(samples))
@@ -39,6 +39,6 @@ def summary(samples: Sequence[float]) -> Summary:
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Summary:
     """Return the summary of ours / theirs, round by round.
 
-    What slows the whole machine down for a while is in both samples of a round, and cancels.
+    Anything that slows the whole machine for a while affects both samples of a round, and cancels out.
     """
     return summary([our / their for our, their in zip(ours, theirs, strict=True)])

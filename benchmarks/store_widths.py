@@ -1,6 +1,6 @@
-"""What the compilers made of the kernels: store widths, local memory and registers, read from the machine code.
+"""The compiled kernels: store widths, local memory and registers, read from the machine code.
 
-Run as ``python -m benchmarks.store_widths [sm_90 ...]``; needs no GPU, but ``nvidia-cuda-nvdisasm``.
+Run as ``python -m benchmarks.store_widths [sm_90 ...]``; needs ``nvidia-cuda-nvdisasm``, but no GPU.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Code(NamedTuple):
     stores : list of int
         The bytes that each store to global memory writes.
     block : int
-        The most 16-byte stores in a row under one condition.
+        The largest number of 16-byte stores in a row under one condition.
     generic : int
-        Stores that have to find out first which memory their address is in.
+        Number of stores that must first find out which memory their address is in.
     local : int
-        Bytes of local memory a thread, and loads and stores of it.
+        Bytes of local memory per thread, plus the number of loads and stores of it.
     registers : int
-        Of a thread, those of a function that is called included.
+        Registers per thread; the most of any function in the file.
     """
 
     stores: list[int]
@@ -75,7 +75,7 @@ def read(cubin: bytes) -> Code:
     Parameters
     ----------
     cubin : bytes
-        With one kernel.
+        Machine code of one kernel.
 
     Returns
     -------

@@ -1,6 +1,6 @@
-"""Which framework takes which dtype without a copy, found by handing one over; prints a Markdown table.
+"""Which framework takes which dtype without a copy, found by handing arrays over; prints a Markdown table.
 
-``python -m benchmarks.support --write`` puts it into the README, between its marks.
+``python -m benchmarks.support --write`` puts the table into the README, between its marks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FRAMEWORKS = {"NumPy": "to_numpy", "torch": "to_torch", "JAX": "to_jax", "Tensor
 
 
 def outcome(dtype: str, method: str) -> str:
-    """Hand one array over, and say what became of its memory."""
+    """Hand one array over, and say whether its memory was shared."""
     array = gpuconst.full((2, 3), 1, dtype=dtype, device="cpu")
     try:
         taken = getattr(array, method)()

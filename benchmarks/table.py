@@ -9,18 +9,18 @@ from benchmarks.statistics import Summary
 
 _UNITS = {"s": (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))}
 _BYTES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
-#: Above this share a run says that the machine was not its own.
+#: Above this share of use by other processes, a table says that the machine was busy.
 BUSY = 0.1
 
 
 def size(nbytes: float) -> str:
-    """Return a number of bytes as people write it, to three digits."""
+    """Return a number of bytes with a unit, to three digits."""
     name, unit = next((each for each in _BYTES if nbytes >= each[1]), _BYTES[-1])
     return f"{nbytes / unit:.3g} {name}"
 
 
 def quantity(value: float, unit: str) -> str:
-    """Return a value of a unit of `contest.Case`, to three digits."""
+    """Return a value in a unit of `contest.Case`, to three digits."""
     if unit == "bytes":
         return size(value)
     name, scale = next((each for each in _UNITS[unit] if value >= each[1]), _UNITS[unit][-1])
@@ -28,7 +28,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def ratio_cell(ratio: Summary) -> str:
-    """Return a ratio with its quartiles; bold where gpuconst is behind."""
+    """Return a ratio with its quartiles, in bold if gpuconst is behind."""
     median = _two_digits(ratio.median)
     spread = f" ({_two_digits(ratio.low)}-{_two_digits(ratio.high)})" if ratio.samples > 1 else ""
     return (f"**{median}**" if float(median) > 1 else median) + spread
@@ -39,12 +39,12 @@ def _two_digits(ratio: float) -> str:
 
 
 def header(results: Results) -> str:
-    """Return machine, versions and method, a line each."""
+    """Return machine, versions, method and run, one line each."""
     return "\n".join(f"- {name}: {text}" for name, text in results.header.items())
 
 
 def case_table(case: CaseResult) -> str:
-    """Return the table of a case: a line for each row and each of ours, a column for each peer."""
+    """Return the table of a case: a line for each row and contender of ours, a column for each peer."""
     several = len(case.ours) > 1
     with_speed = case.unit == "s" and any(row.nbytes for row in case.rows)
     columns = ["", *(["gpuconst"] if several else []), case.ours[0] if len(case.ours) == 1 else "took"]
@@ -79,7 +79,7 @@ def _remarks(case: CaseResult) -> list[str]:
 
 
 def summary_table(results: Results) -> str:
-    """Return one line a case: the rows where gpuconst is most ahead and most behind its fastest peer there."""
+    """Return one line per case: the rows where gpuconst is furthest ahead of and behind its fastest peer."""
     lines = []
     for case in results.cases.values():
         duels = [
@@ -109,7 +109,7 @@ def _duel(case: CaseResult, row: RowResult, ours: str, peer: str) -> str:
 
 
 def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns line up: the first to the left, the others to the right."""
+    """Return a Markdown table with aligned columns: the first to the left, the others to the right."""
     widths = [max(len(line[index]) for line in [columns, *lines]) for index in range(len(columns))]
     rule = ["-" * max(widths[0], 3), *("-" * (max(width, 3) - 1) + ":" for width in widths[1:])]
 
@@ -122,7 +122,7 @@ def markdown(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def document(results: Results) -> str:
-    """Return everything: header, then the tables of all cases."""
+    """Return the whole document: the header, then the tables of all cases."""
     parts = [header(results)]
     for name, case in results.cases.items():
         parts += [f"{name}: {case.title}", case_table(case)]

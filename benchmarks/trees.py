@@ -13,16 +13,16 @@ _SOURCES = ("gpuconst", "kernels")
 
 
 def snapshot(revision: str | None, folder: Path) -> Path:
-    """Copy the package into a folder that can be imported from, whatever is installed.
+    """Copy the package into a folder from which it can be imported, whatever is installed.
 
-    Both sides of a comparison are copies, and what is edited during a run changes neither.
+    Both sides of a comparison are copies, so edits during a run change neither.
 
     Parameters
     ----------
     revision : str or None
-        Anything git takes for a commit; None for the working tree.
+        Any name of a commit that git accepts; None for the working tree.
     folder : Path
-        Made here.
+        Created here.
 
     Returns
     -------
@@ -32,7 +32,7 @@ def snapshot(revision: str | None, folder: Path) -> Path:
     Raises
     ------
     ValueError
-        If git knows no such revision, or it has no package.
+        If git knows no such revision, or the revision lacks the package.
     """
     folder.mkdir()
     if revision is None:
@@ -49,7 +49,7 @@ def snapshot(revision: str | None, folder: Path) -> Path:
 
 
 def commit() -> str:
-    """Return the short name of the working tree's commit, with a mark where it has been changed since."""
+    """Return the short name of the working tree's commit, marked if the tree has changed since."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
     if shutil.which("git") is None:
         return "unknown"

@@ -1,4 +1,4 @@
-"""The process that contenders run in: does what it is asked over a pipe, one JSON line each way."""
+"""The process that contenders run in: serves requests over a pipe, one JSON line each way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.contest import Case, Contender, MissingError
 
 #: Seconds that one sample of a loop takes, in a full run and in a quick one.
 SAMPLE, QUICK_SAMPLE = 0.01, 0.0005
-#: Seconds of rest before a sample: for about as long, OpenMP's threads spin on, on the other core.
+#: Seconds of rest before a sample: OpenMP's threads keep spinning for about as long, on the other core.
 REST = 0.01
 
 
@@ -26,7 +26,7 @@ class _Worker:
         self._prepared: dict[tuple[int, str], tuple[Callable[[], Any], int]] = {}
 
     def prepare(self, case: str, row: int, contender: str, quick: bool) -> None:
-        """Make a contender ready, check what it does, and find out how often to repeat it."""
+        """Prepare a contender, check its work, and find out how often to repeat it."""
         rules, entrant, arguments = _find(case, row, contender, quick)
         _use_threads(entrant)
         run = entrant.make(**arguments)
@@ -35,22 +35,22 @@ class _Worker:
             rules.check(run())
             number = _repetitions(run, QUICK_SAMPLE if quick else SAMPLE)
         self._prepared[row, contender] = run, number
-        gc.freeze()  # what imports and preparation left behind is not the contender's to collect
+        gc.freeze()  # objects of imports and preparation are not to be collected at the contender's cost
 
     def sample(self, case: str, row: int, contender: str, quick: bool) -> float:
-        """Return one sample, in seconds a call or in what the contender returns."""
+        """Return one sample: seconds per call, or the figure that the contender returns."""
         rules, entrant, _ = _find(case, row, contender, quick)
         run, number = self._prepared[row, contender]
         _use_threads(entrant)
         if rules.check is None:
             return float(run())
         time.sleep(REST)
-        # Touches and frees the same bytes: free pages that went back to the host come 30 times slower.
+        # Touches and frees as many bytes: pages that went back to the host take 30 times as long.
         run()
         return _seconds(run, number) / number
 
     def forget(self) -> None:
-        """Drop all that was prepared."""
+        """Drop everything that was prepared."""
         self._prepared.clear()
 
 
@@ -85,7 +85,7 @@ def _repetitions(run: Callable[[], Any], target: float) -> int:
 def main() -> None:
     """Serve until the pipe is closed."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not get into the replies
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries must not get into the replies
     worker = _Worker()
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""A dask array whose blocks two workers fill, each where it will be used.
+"""A dask array whose blocks are filled by two workers, each where it will be used.
 
 Run it as ``python examples/dask_two_workers.py``.
 """
@@ -16,17 +16,17 @@ CHUNKS = ((1024,) * 16, (8192,))  # 16 blocks of 64 MiB
 
 
 def block(block_info: Any) -> np.ndarray:
-    """Return a new block; on a GPU it would be `to_cupy()`."""
+    """Return a new block; on a GPU, use `to_cupy()` instead."""
     return gpuconst.full(block_info[None]["chunk-shape"], 0.5, dtype="float64", device="cpu").to_numpy()
 
 
 def peak() -> int:
-    """Return the most memory that this process ever had, in MiB."""
+    """Return the peak memory of this process, in MiB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
 
 
 def main() -> None:
-    """Fill, reduce, and say what it took."""
+    """Fill and reduce the array, and print the memory it took."""
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
         array = da.map_blocks(block, chunks=CHUNKS, dtype="float64", meta=np.empty((0, 0)))
         before = client.run(peak)

@@ -18,7 +18,7 @@ PROCESSES = 2
 
 
 def peak() -> int:
-    """Return the most memory that this process ever had, in MiB."""
+    """Return the peak memory of this process, in MiB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
 
 

@@ -1,4 +1,4 @@
-"""A JAX array over two processes, each of which fills its shards only.
+"""A JAX array over two processes, each of which fills only its own shards.
 
 Run it as ``python examples/jax_two_processes.py``.
 """
@@ -12,12 +12,12 @@ PROCESSES, DEVICES_EACH = 2, 2
 
 
 def peak() -> int:
-    """Return the most memory that this process ever had, in MiB."""
+    """Return the peak memory of this process, in MiB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
 
 
 def work(rank: int, port: int) -> None:
-    """Fill the shards of this process, and compute with all."""
+    """Fill the shards of this process, and compute with the whole array."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", DEVICES_EACH)

@@ -1,6 +1,6 @@
 """Ray actors that each keep their part of a large array, filled where it lives.
 
-Arrays are made inside the actor: what `ray.get` returns is read-only, so `gpuconst.fill` refuses it.
+Arrays are made inside the actors: those that `ray.get` returns are read-only, so `gpuconst.fill` refuses them.
 Run it as ``python examples/ray_actors.py``.
 """
 
@@ -15,7 +15,7 @@ PARTS, LENGTH = 2, 16 << 20  # 64 MiB of float32 each
 
 
 def peak() -> int:
-    """Return the most memory that this process ever had, in MiB."""
+    """Return the peak memory of this process, in MiB."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
 
 
@@ -28,11 +28,11 @@ class Part:
         self.array = gpuconst.full(LENGTH, 0.5, device="cpu").to_numpy()
 
     def grown(self) -> int:
-        """Return by how many MiB the peak memory of this process grew."""
+        """Return the growth of the peak memory of this process, in MiB."""
         return peak() - self.before
 
     def refill(self, value: float) -> float:
-        """Fill the part anew, in place, and return its mean."""
+        """Refill the part in place, and return its mean."""
         return float(gpuconst.fill(self.array, value).mean())
 
     def head(self) -> np.ndarray:
@@ -41,7 +41,7 @@ class Part:
 
 
 def main() -> None:
-    """Fill, fill again, and say what it took."""
+    """Fill and refill the array, and print the memory it took."""
     ray.init(num_cpus=PARTS, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
     parts = [Part.remote() for _ in range(PARTS)]
     assert ray.get([part.refill.remote(2.0) for part in parts]) == [2.0] * PARTS

@@ -28,5 +28,5 @@ GPU = ["gpu_device", "gpu_host", "gpu_end_to_end", "gpu_many"]
 
 
 def load(name: str) -> Case:
-    """Return a case; its file is `CASE` in the module of its name, which imports no library that it measures."""
+    """Return a case: `CASE` in the module of that name, which imports none of the libraries that it measures."""
     return cast(Case, importlib.import_module(f"benchmarks.cases.{name}").CASE)

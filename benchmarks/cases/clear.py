@@ -1,4 +1,4 @@
-"""What an in-place fill with zeros costs, of memory that has been touched before."""
+"""The cost of filling memory that has been touched before, in place, with zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a new array costs where it is dropped at once, so that memory is used again."""
+"""The cost of a new array that is dropped at once, so that its memory is reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each library fills a tensor on a GPU: functions of a torch tensor and a value that return the call to time."""
+"""How each library fills a tensor on a GPU: functions that take a tensor and a value and return the call to time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cupy_fill(tensor: Any, value: float) -> Callable[[], Any]:
 
 
 def numba_assign(tensor: Any, value: float) -> Callable[[], Any]:
-    """Fill through the assignment of a scalar, which waits for the device."""
+    """Fill by assigning a scalar, which waits for the device."""
     from numba import cuda
 
     as_cuda_array: Any = cuda.as_cuda_array
@@ -43,7 +43,7 @@ def memset(tensor: Any, value: float) -> Callable[[], Any]:
     Raises
     ------
     MissingError
-        If the driver has none for this: for elements of 8 or 16 bytes, or with gaps.
+        If the driver has no memset for the tensor: elements of 8 or 16 bytes, or gaps between them.
     """
     import numpy as np
     from cuda.bindings import driver

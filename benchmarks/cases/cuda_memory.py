@@ -1,4 +1,4 @@
-"""Memory of a GPU to fill in turns: more than its cache holds, with guards between the buffers."""
+"""GPU memory to fill in turns: more than the cache holds, with guards between the buffers."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from benchmarks.cases.cuda_time import GIB, need, torch_cuda
 from benchmarks.contest import VALUE
 
-#: Bytes of all buffers together, as far as `_MOST` of them allow: the L2 of an H100 holds 50 MB.
+#: Bytes of all buffers together, unless that takes more than `_MOST` of them: the L2 of an H100 holds 50 MB.
 ROTATED = GIB
 _MOST = 4096
-#: Bytes before and behind each buffer that no fill may touch.
+#: Bytes before and after each buffer that no fill may touch.
 _GUARD = 256
 _POISON = 0x5A
 #: Elements that are compared at once.
 _PART = 2**26
 
-#: The dtype that stands for an itemsize, and what it is filled with.
+#: The dtype that stands for an itemsize, and the value that it is filled with.
 DTYPES: dict[int, tuple[str, float]] = {
     1: ("int8", 11),
     2: ("float16", VALUE),
@@ -26,8 +26,8 @@ DTYPES: dict[int, tuple[str, float]] = {
     8: ("float64", VALUE),
     16: ("complex128", VALUE),
 }
-#: How a buffer lies in memory, and how much of it is not filled: one element past an aligned address,
-#: rows with gaps of their own length, every other element.
+#: Layouts of a buffer, and its length as a multiple of the bytes filled: aligned, one element past an aligned
+#: address, rows with gaps of their own length, every other element.
 LAYOUTS = {"aligned": 1, "+1": 1, "rows": 2, "every other": 2}
 
 
@@ -39,11 +39,11 @@ class Rotation:
     nbytes : int
         Bytes that filling one writes.
     itemsize : int
-        Of the elements, a key of `DTYPES`.
+        Itemsize of the elements, a key of `DTYPES`.
     layout : str
         A key of `LAYOUTS`.
     device : str
-        Where the memory is.
+        Device of the memory.
     """
 
     def __init__(self, nbytes: int, itemsize: int, layout: str, device: str = "cuda") -> None:
@@ -63,12 +63,12 @@ class Rotation:
         self.tensors = [self._tensor(block) for block in self._blocks]
 
     def _tensor(self, block: Any) -> Any:
-        """Return the elements to fill in a buffer with its guards."""
+        """Return the elements to fill, out of a buffer with its guards."""
         flat = block[self._first : self._first + self._span].view(self._dtype)
         if self._layout == "every other":
             return flat[::2]
         if self._layout == "rows":
-            rows = 2 ** (int(math.log2(self._count)) // 2)  # about as many as there are elements in one
+            rows = 2 ** (int(math.log2(self._count)) // 2)  # about as many rows as elements in a row
             return flat.view(rows, -1)[:, : self._count // rows]
         return flat
 
@@ -78,7 +78,7 @@ class Rotation:
         Parameters
         ----------
         filler : callable
-            Makes of a tensor and a value the function that fills it.
+            Takes a tensor and a value, and returns the function that fills it.
 
         Raises
         ------
@@ -87,7 +87,7 @@ class Rotation:
         """
         import torch
 
-        # On the device: from the host it would be expanded there, to as much memory as the tensor has.
+        # On the device: copied from the host, it would first be expanded there to the size of the tensor.
         device = self._memory.device
         poison = torch.full((self._itemsize,), _POISON, dtype=torch.uint8, device=device).view(self._dtype)[0]
         for block in self._blocks[:: max(1, len(self._blocks) - 1)]:
@@ -95,12 +95,12 @@ class Rotation:
             tensor = self._tensor(block)
             filler(tensor, self.value)()
             assert not _differs(tensor, torch.tensor(self.value, dtype=self._dtype)), "an element was missed"
-            tensor.copy_(poison)  # so that all of the block is, but for what the fill has written beside it
+            tensor.copy_(poison)  # so that all of the block is poison, unless the fill wrote beside the tensor
             assert not _differs(block, torch.tensor(_POISON, dtype=torch.uint8)), "a byte beside them was written"
 
 
 def _differs(tensor: Any, value: Any) -> bool:
-    """Whether an element is not a value, asked in parts: there may be no room for an answer of the tensor's size."""
+    """Whether any element differs from a value, part by part: there may be no room for a mask of the tensor's size."""
     value = value.to(tensor.device)
     rows = max(1, _PART // math.prod(tensor.shape[1:]))
     return any(bool((part != value).any()) for part in tensor.split(rows))
@@ -110,7 +110,7 @@ _held: dict[tuple[int, int, str], Rotation] = {}
 
 
 def rotation(nbytes: int, itemsize: int, layout: str) -> Rotation:
-    """Return the buffers that all contenders of a row, in one process, fill; those of the row before are freed."""
+    """Return the buffers that all contenders of a row fill in this process; frees those of the row before."""
     torch = torch_cuda()
     key = nbytes, itemsize, layout
     if key not in _held:

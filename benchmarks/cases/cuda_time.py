@@ -1,6 +1,6 @@
-"""Three times of a GPU's work: on the device, on the host until the call is back, and from start to end.
+"""Three timings of a GPU's work: on the device, on the host until the call returns, and from start to end.
 
-All work is on the legacy default stream, the one that torch, CuPy, Numba and the driver share.
+All work is on the legacy default stream, which torch, CuPy, Numba and the driver share.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from benchmarks.contest import Contender, MissingError
 
 GIB = 2**30
 BACKENDS = ("cupy", "numba")
-#: Free memory that a case wants, in multiples of what it fills: the card may be shared.
+#: Free memory that a case requires, in multiples of the bytes it asks for: the card may be shared.
 _ROOM = 2
-#: Clock cycles of the device for each call, some 25 us, in which most hosts have enqueued it; then for those that
-#: have not.
+#: Clock cycles that the device waits per call: some 25 us, in which most hosts have enqueued it; then more, for those
+#: that have not.
 _CYCLES_A_CALL = 50_000, 400_000
 
 
@@ -30,7 +30,7 @@ def on_each_backend(contender: Contender) -> list[Contender]:
 
         try:
             return contender.make(**arguments)
-        except gpuconst.DeviceUnavailableError as error:  # one library alone serves
+        except gpuconst.DeviceUnavailableError as error:  # either library may be missing
             raise MissingError(str(error)) from error
 
     return [
@@ -45,7 +45,7 @@ def torch_cuda() -> Any:
     Raises
     ------
     MissingError
-        If this torch has no CUDA: memory and events are its.
+        If this torch has no CUDA: memory and events are torch's.
     """
     import torch
 
@@ -64,15 +64,15 @@ def need(nbytes: int) -> None:
 def device_seconds(turns: Iterator[Callable[[], Any]], number: int) -> float:
     """Return the seconds that one call takes on the device, by events.
 
-    The device is kept waiting while the host enqueues, so that it then goes from call to call without a
-    gap, however slow the host; a call that itself waits for the device cannot profit.
+    The device is kept waiting while the host enqueues the calls, so that it then goes from one to the next
+    without a gap, however slow the host is; this does not help calls that themselves wait for the device.
 
     Parameters
     ----------
     turns : iterator of callable
-        Goes on from one sample to the next, so that no memory is in the cache still.
+        Continues from one sample to the next, so that no memory is still in the cache.
     number : int
-        Of calls between the events.
+        Number of calls between the events.
     """
     torch = torch_cuda()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -92,14 +92,14 @@ def device_seconds(turns: Iterator[Callable[[], Any]], number: int) -> float:
 
 
 def host_seconds(run: Callable[[], Any], number: int) -> float:
-    """Return the seconds until one call is back, the device's own work not waited for.
+    """Return the seconds until one call returns, without waiting for the device.
 
     Parameters
     ----------
     run : callable
-        One that the device does faster than the host enqueues it.
+        A call that the device completes faster than the host enqueues it.
     number : int
-        Of calls; fewer than the 1024 that the driver's queue holds.
+        Number of calls; fewer than the 1024 that the driver's queue holds.
     """
     torch = torch_cuda()
     run()
@@ -113,16 +113,16 @@ def host_seconds(run: Callable[[], Any], number: int) -> float:
 
 
 def total_seconds(run: Callable[[], Any], number: int, wait: Callable[[Any], object] | None = None) -> float:
-    """Return the seconds of a call and of all that it has the device do.
+    """Return the seconds that a call takes, including its work on the device.
 
     Parameters
     ----------
     run : callable
-        What is measured.
+        The call to measure.
     number : int
-        Of calls, each waited for.
+        Number of calls, each waited for.
     wait : callable, optional
-        Takes what a call returned, and waits for that; by default the device is waited for.
+        Takes the result of a call, and waits for it; by default, waits for the device.
     """
     synchronize = torch_cuda().cuda.synchronize
     wait = wait or (lambda result: synchronize())

@@ -1,4 +1,4 @@
-"""What an in-place fill costs, of memory that has been touched before."""
+"""The cost of filling memory that has been touched before, in place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _memory(nbytes: int) -> Any:
 
 
 def poisoned(nbytes: int) -> Any:
-    """Return that array, full of what no contender fills it with."""
+    """Return that array, full of a value that no contender uses."""
     memory = _memory(nbytes)
     memory[...] = _POISON
     return memory

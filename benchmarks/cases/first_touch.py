@@ -1,4 +1,4 @@
-"""What a new array costs where all are kept, as in a model that is initialised: memory not yet touched."""
+"""The cost of new arrays that are all kept, as when a model is initialised: their memory is untouched before."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _kept: list[Any] = []
 
 
 def keeping(contender: Contender) -> Contender:
-    """Return a contender that makes many arrays, keeps them, and returns the seconds that one took."""
+    """Return a contender that makes many arrays, keeps them, and returns the seconds per array."""
 
     def make(nbytes: int, count: int) -> Callable[[], float]:
         full = contender.make(nbytes)
-        _kept.append(full())  # what the library does once, or once a shape, is not a matter of memory
+        _kept.append(full())  # work that the library does once, or once per shape, is not a matter of memory
 
         def measure() -> float:
             touch_and_free(nbytes * count)
@@ -42,7 +42,7 @@ def keeping(contender: Contender) -> Contender:
 
 
 _CONTENDERS = [keeping(each) for each in (peers.GPUCONST, peers.NUMPY, *peers.TORCH, peers.JAX, peers.TENSORFLOW)]
-#: Without TensorFlow, whose import takes as long as all else.
+#: Without TensorFlow, whose import takes as long as everything else.
 _QUICK_CONTENDERS = _CONTENDERS[:-1]
 
 

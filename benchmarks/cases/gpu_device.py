@@ -1,4 +1,4 @@
-"""How long the device works on a fill: against the driver's memset, the ceiling, which comes first."""
+"""How long the device works on a fill, compared with the driver's memset, the ceiling, which comes first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FEWEST, _MOST = 20, 200
 
 
 def _timed(filler: Callable[[Any, float], Callable[[], Any]]) -> Callable[[int, int, str], Callable[[], float]]:
-    """Return what makes a function that returns the seconds of a contender's fill on the device."""
+    """Return a `make` for a contender whose function returns the seconds of its fill on the device."""
 
     def make(nbytes: int, itemsize: int, layout: str) -> Callable[[], float]:
         memory = rotation(nbytes, itemsize, layout)
@@ -63,7 +63,7 @@ def _row(nbytes: int, itemsize: int, layout: str) -> Row:
     plotted = itemsize == 4 and layout == "aligned"
     return Row(
         f"{DTYPES[itemsize][0]}, {layout}, {size(nbytes)}",
-        # Whatever numba's assignment of a scalar supports is contiguous and real.
+        # numba's assignment of a scalar supports only contiguous and real arrays.
         _CONTENDERS if layout in ("aligned", "+1") and itemsize < 16 else _CONTENDERS[:-1],
         {"nbytes": nbytes, "itemsize": itemsize, "layout": layout},
         x=nbytes if plotted else None,

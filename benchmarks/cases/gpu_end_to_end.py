@@ -1,4 +1,4 @@
-"""What a new array on a GPU costs until it can be used, with warm pools."""
+"""The cost of a new array on a GPU until it can be used, with warm pools."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ def _numba(length: int) -> Callable[[], Any]:
 def _timed(
     maker: Callable[[int], Callable[[], Any]], wait: Callable[[Any], object] | None = None
 ) -> Callable[[int], Callable[[], float]]:
-    """Return what makes a function that returns the seconds of a contender's array.
+    """Return a `make` for a contender whose function returns the seconds of a new array.
 
     Parameters
     ----------
     maker : callable
-        Takes the length and returns what makes the array.
+        Takes the length, and returns the function that makes the array.
     wait : callable, optional
-        Waits until an array is filled, instead of for the device.
+        Waits until an array is filled, instead of waiting for the device.
     """
 
     def make(nbytes: int) -> Callable[[], float]:
@@ -88,7 +88,7 @@ _CONTENDERS = [
     Contender("torch.full", _timed(_torch)),
     Contender("cupy.full", _timed(_cupy)),
     Contender("jnp.full", _timed(_jax, methodcaller("block_until_ready"))),
-    Contender("numba device_array, d[:] = v", _timed(_numba, lambda array: None)),  # which has waited
+    Contender("numba device_array, d[:] = v", _timed(_numba, lambda array: None)),  # the assignment has waited
 ]
 
 

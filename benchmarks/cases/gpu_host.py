@@ -1,4 +1,4 @@
-"""How long a call keeps the host, for work that the device does in no time."""
+"""How long a call occupies the host, for work that takes the device next to no time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NUMBER = 200
 
 
 def _timed(maker: Callable[[], tuple[Callable[[], Any], Any]]) -> Callable[[], Callable[[], float]]:
-    """Return what makes a function that returns the host's seconds of a call.
+    """Return a `make` for a contender whose function returns the seconds of a call on the host.
 
     Parameters
     ----------
     maker : callable
-        Returns the call, and what it fills; None if it returns that.
+        Returns the call, and the array that it fills, or None if the call returns that array.
     """
 
     def make() -> Callable[[], float]:

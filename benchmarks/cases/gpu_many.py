@@ -1,4 +1,4 @@
-"""What it costs to fill many tensors on a GPU, each with a value of its own, until all are filled."""
+"""The cost of filling many tensors on a GPU, each with a value of its own, until all are filled."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from benchmarks.cases.many_existing import values
 from benchmarks.contest import Case, Contender, MissingError, Row
 
 _POISON = -7.0
-#: Tensors that one sample fills, at least.
+#: Minimum number of tensors that one sample fills.
 _FILLED = 3000
-#: More tensors than torch.compile takes in a minute are not given to it.
+#: Maximum number of tensors given to torch.compile, which takes a minute for so many.
 _MOST_COMPILED = 1000
 
 Maker = Callable[[list[Any], list[float]], Callable[[], Any]]
@@ -61,12 +61,12 @@ def _foreach_copy(tensors: list[Any], each: list[float]) -> Callable[[], Any]:
 
 
 def _graphed(maker: Maker) -> Maker:
-    """Return what captures a contender's launches once, and replays them; a graph holds nothing of what it uses."""
+    """Return a maker that captures the launches once and replays them; a graph keeps nothing alive that it uses."""
 
     def make(tensors: list[Any], each: list[float]) -> Callable[[], Any]:
         torch = torch_cuda()
         run = maker(tensors, each)
-        run()  # what is compiled or loaded at the first call cannot be captured
+        run()  # compiling and loading, at the first call, cannot be captured
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -84,7 +84,7 @@ def _compiled(tensors: list[Any], each: list[float]) -> Callable[[], Any]:
 
 
 def _timed(maker: Maker, zeros: bool = False) -> Callable[[int, int], Callable[[], float]]:
-    """Return what makes a function that returns the seconds in which all tensors are filled."""
+    """Return a `make` for a contender whose function returns the seconds until all tensors are filled."""
 
     def make(count: int, length: int) -> Callable[[], float]:
         need(4 * count * length)
@@ -92,7 +92,7 @@ def _timed(maker: Maker, zeros: bool = False) -> Callable[[int, int], Callable[[
         each = values(count)
         tensors = [torch.full((length,), _POISON, device="cuda") for _ in range(count)]
         run = maker(tensors, each)
-        torch._foreach_mul_(tensors, 0.5)  # whatever preparing it has written
+        torch._foreach_mul_(tensors, 0.5)  # undoes anything that the preparation has filled
         run()
         torch.cuda.synchronize()
         wanted = torch.tensor([0.0] * count if zeros else each, device="cuda")
@@ -116,7 +116,7 @@ _CONTENDERS = [
 
 
 def rows(quick: bool) -> list[Row]:
-    """Return a row for a thousand tensors, and for a hundred thousand."""
+    """Return a row for a thousand tensors, and one for a hundred thousand."""
     counts = {100: 1024} if quick else {1000: 1024, 100_000: 64}
     return [
         Row(

@@ -1,4 +1,4 @@
-"""What an array costs among more and more of them: the time should grow with their number and no faster."""
+"""The cost per array as their number grows: the total time should grow in proportion, and no faster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What it costs to export an array, and to hand it to a framework; against the same with a NumPy array."""
+"""The cost of exporting an array and of handing it to a framework, compared with a NumPy array."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Maker = Callable[[Any], Callable[[], Any]]
 
 
 class _Step(NamedTuple):
-    """A way out of an array, as a function of the array that returns what to time."""
+    """A way to hand an array over: functions that take the array and return the call to time."""
 
     dtype: str
     ours: Maker
@@ -37,7 +37,7 @@ def _ndarray(step: str) -> Callable[[], Any]:
     import numpy as np
 
     source = _source(_STEPS[step].dtype).to_numpy()  # aligned, or JAX would copy
-    # NumPy exports no bfloat16: what travels is an unsigned integer of that width.
+    # NumPy does not export bfloat16: its bits travel as unsigned integers of that width.
     return _STEPS[step].theirs(source.view(np.uint16) if source.itemsize == 2 else source)
 
 
@@ -114,7 +114,7 @@ _CONTENDERS = [Contender("gpuconst.Array", _array, ours=True), Contender("np.nda
 
 
 def rows(quick: bool) -> list[Row]:
-    """Return a row for each way out of an array."""
+    """Return a row for each way to hand an array over."""
     return [Row(step, _CONTENDERS, {"step": step}) for step in _STEPS]
 
 

@@ -1,4 +1,4 @@
-"""How JAX makes an array of a constant: by an initializer, as flax does for each parameter, and without."""
+"""How JAX makes a constant array: with an initializer, as flax does for each parameter, and without one."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ CONTENDERS = [
     Contender("gpuconst.jax.constant", _gpuconst, ours=True),
     Contender("jax.nn.initializers.constant", _stock),
     peers.JAX,
-    # Compiled before, for its one shape: an initializer is told the shape with the call.
+    # Compiled beforehand for its one shape; an initializer gets the shape with each call.
     dataclasses.replace(peers.JAX_JITTED, beside=True),
 ]

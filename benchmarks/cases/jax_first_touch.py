@@ -1,4 +1,4 @@
-"""What a JAX initializer takes where all arrays are kept, as the parameters of a model are."""
+"""The time of a JAX initializer when all arrays are kept, as the parameters of a model are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIZES = {4 * KIB: 4096, MIB: 256, 4 * MIB: 64, 16 * MIB: 16, 64 * MIB: 6}
 _QUICK_SIZES = {4 * KIB: 64, MIB: 16}
 
 _CONTENDERS = [keeping(each) for each in CONTENDERS]
-#: Without those whose processes would only import JAX once more.
+#: Without the others, whose processes would only import JAX once more.
 _QUICK_CONTENDERS = _CONTENDERS[:2]
 
 

@@ -1,4 +1,4 @@
-"""What a JAX initializer takes where the array is dropped at once, so that memory is used again."""
+"""The time of a JAX initializer when the array is dropped at once, so that its memory is reused."""
 
 from __future__ import annotations
 

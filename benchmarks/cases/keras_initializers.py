@@ -1,4 +1,4 @@
-"""What a weight of a Keras model costs."""
+"""The cost of making a weight of a Keras model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory a weight of a Keras model takes, at most, while it is made."""
+"""The peak memory of making a weight of a Keras model."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from benchmarks.table import size
 
 _SIZES = [64 * MIB, 512 * MIB]
 _QUICK_SIZES = [16 * MIB]
-#: The backend that is imported fastest.
+#: The backend that imports fastest.
 _QUICK_BACKENDS = BACKENDS[:1]
 
 _kept: list[Any] = []
 
 
 def _weighed(contender: Contender) -> Contender:
-    """Return a contender that makes a weight, keeps it, and returns the bytes that took at the peak."""
+    """Return a contender that makes a weight, keeps it, and returns the bytes taken at the peak."""
 
     def make(nbytes: int) -> Callable[[], float]:
         run = contender.make(nbytes)
-        contender.make(4 * KIB)()  # what Keras and its backend take for themselves is no weight's
+        contender.make(4 * KIB)()  # memory that Keras and its backend take for themselves does not count
 
         def measure() -> float:
             made, most = peak(run)

@@ -1,4 +1,4 @@
-"""How Keras makes a weight from an initializer, on each of its backends that run here."""
+"""How Keras makes a weight from an initializer, on the backends that are compared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _variable(initializer: Callable[..., Any], nbytes: int) -> Callable[[], Any]
 
     shape = (nbytes // ITEMSIZE,)
     if keras.backend.backend() == "jax":
-        # JAX works on while it has returned already.
+        # JAX returns before the work is done.
         return lambda: keras.Variable(initializer, shape, "float32").value.block_until_ready()
     return lambda: keras.Variable(initializer, shape, "float32").value
 
@@ -47,7 +47,7 @@ CONTENDERS = [
 
 
 def check_weight(value: Any) -> None:
-    """Raise AssertionError unless a weight's value, of any backend, is filled as it should be."""
+    """Raise AssertionError unless a weight's value, on any backend, is filled correctly."""
     import keras
 
     check_filled(keras.ops.convert_to_numpy(value))

@@ -1,4 +1,4 @@
-"""What it costs to fill many torch tensors that are there already, each with a value of its own."""
+"""The cost of filling many existing torch tensors, each with a value of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _tensors(count: int, length: int) -> Any:
 
 
 def poisoned(count: int, length: int) -> Any:
-    """Return the tensors that all contenders of a row fill, with something else in them."""
+    """Return the tensors that all contenders of a row fill, holding another value."""
     tensors = _tensors(count, length)
     for tensor in tensors:
         tensor.fill_(_POISON)
@@ -33,12 +33,12 @@ def poisoned(count: int, length: int) -> Any:
 
 
 def check_each(result: Any) -> None:
-    """Raise AssertionError unless each tensor has its value, or its zero.
+    """Raise AssertionError unless each tensor has its expected value.
 
     Parameters
     ----------
     result : tuple
-        Tensors and values.
+        The tensors, and the expected value of each.
     """
     import torch
 
@@ -49,7 +49,7 @@ def check_each(result: Any) -> None:
 
 
 def fill_many(count: int, length: int) -> Callable[[], Any]:
-    """Return what fills the tensors in one call."""
+    """Return a function that fills the tensors in one call."""
     import gpuconst
 
     tensors, each = poisoned(count, length), values(count)
@@ -62,7 +62,7 @@ def fill_many(count: int, length: int) -> Callable[[], Any]:
 
 
 def plan(count: int, length: int) -> Callable[[], Any]:
-    """Return what fills the tensors by a plan made before."""
+    """Return a function that fills the tensors by a plan made beforehand."""
     import gpuconst
 
     tensors, each = poisoned(count, length), values(count)
@@ -76,7 +76,7 @@ def plan(count: int, length: int) -> Callable[[], Any]:
 
 
 def loop(count: int, length: int) -> Callable[[], Any]:
-    """Return what fills the tensors one by one."""
+    """Return a function that fills the tensors one by one."""
     tensors, each = poisoned(count, length), values(count)
 
     def run() -> Any:
@@ -136,7 +136,7 @@ _CONTENDERS = [
 
 
 def rows(quick: bool) -> list[Row]:
-    """Return a row of tensors of 768 floats."""
+    """Return one row, for tensors of 768 floats."""
     count = 100 if quick else 10_000
     return [Row(f"{count:,} tensors of 768 floats", _CONTENDERS, {"count": count, "length": 768})]
 

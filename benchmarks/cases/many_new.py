@@ -1,4 +1,4 @@
-"""What the small parameters of a model cost together: biases and norms, made in a fresh process and kept."""
+"""The cost of all small parameters of a model: biases and norms, made in a fresh process and kept."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.contest import VALUE, Case, Contender, Row
 #: A layer of a transformer of width 768: two norms, then the biases of attention and feed-forward.
 _LAYER = (768, 768, 2304, 768, 768, 768, 3072, 768)
 
-#: So many where neighbours are to differ: one run of the same value would be filled at once.
+#: Number of values where neighbours are to differ: neighbours of one value would be filled as one run.
 _VALUES = 100
 
 _kept: list[Any] = []
 
-#: From lengths and values by name to arrays by name, or torch tensors.
+#: Takes lengths and values by name, and whether to return torch tensors; returns arrays by name.
 Maker = Callable[[dict[str, tuple[int, float]], bool], dict[str, Any]]
 
 
@@ -58,14 +58,14 @@ def _torch(asked: dict[str, tuple[int, float]], as_torch: bool) -> dict[str, Any
 
 
 def _measured(maker: Maker) -> Callable[..., Callable[[], float]]:
-    """Return what makes a function that returns the seconds in which a contender made all arrays."""
+    """Return a `make` for a contender whose function returns the seconds to make all arrays."""
 
     def make(count: int, different: int, as_torch: bool) -> Callable[[], float]:
         asked = {
             f"parameter.{index}": (length, VALUE + index % different)
             for index, length in zip(range(count), itertools.cycle(_LAYER))
         }
-        maker({"parameter": (1, VALUE)}, as_torch)  # what the library does only once is in another case
+        maker({"parameter": (1, VALUE)}, as_torch)  # work that the library does only once is in another case
 
         def measure() -> float:
             touch_and_free(ITEMSIZE * sum(length for length, _ in asked.values()))
@@ -82,7 +82,7 @@ def _measured(maker: Maker) -> Callable[..., Callable[[], float]]:
 
 
 def _check(made: dict[str, Any], asked: dict[str, tuple[int, float]]) -> None:
-    """Raise AssertionError unless there is an array of each name, with its length and value."""
+    """Raise AssertionError unless each name has an array with its length and value."""
     import numpy as np
 
     assert list(made) == list(asked), "the names differ"

@@ -1,4 +1,4 @@
-"""How much memory arrays take, at most, while they are made."""
+"""The peak memory of making arrays."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _kept: list[Any] = []
 
 
 def _weighed(contender: Contender) -> Contender:
-    """Return a contender that makes arrays, keeps them, and returns the bytes that took at the peak."""
+    """Return a contender that makes arrays, keeps them, and returns the bytes taken at the peak."""
 
     def make(nbytes: int, count: int) -> Callable[[], float]:
         full = contender.make(nbytes)
-        _kept.append(full())  # what the library takes for itself, once or once a shape, is no array's
+        _kept.append(full())  # memory that the library takes for itself, once or once per shape, does not count
 
         def measure() -> float:
             made, most = peak(lambda: [full() for _ in range(count)])
@@ -37,12 +37,12 @@ def _weighed(contender: Contender) -> Contender:
 
 
 _CONTENDERS = [_weighed(each) for each in (peers.GPUCONST, peers.NUMPY, *peers.TORCH[:1], peers.JAX, peers.TENSORFLOW)]
-#: Without TensorFlow, whose import takes as long as all else.
+#: Without TensorFlow, whose import takes as long as everything else.
 _QUICK_CONTENDERS = _CONTENDERS[:-1]
 
 
 def rows(quick: bool) -> list[Row]:
-    """Return a row for each size, so many that together they are 64 MiB or more."""
+    """Return a row for each size, with as many arrays as make 64 MiB or more."""
     contenders = _QUICK_CONTENDERS if quick else _CONTENDERS
     return [
         Row(

@@ -1,4 +1,4 @@
-"""Pages of memory: making sure of free ones, and counting those in use."""
+"""Pages of memory: having free ones at hand, and counting those in use."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _RESET_PEAK = "5"
 def touch_and_free(nbytes: int) -> None:
     """Touch twice as many bytes and free them again.
 
-    The free pages of a virtual machine go back to its host after a while, and the next touch of such a
-    page takes up to 30 times as long: it would be the first contender's. Twice, because the system does not
-    hand out again first what was freed last: of as many bytes, some came from elsewhere in every fourth run.
+    The free pages of a virtual machine go back to its host after a while, and the next touch of such a page
+    takes up to 30 times as long, at the expense of the first contender. Twice, because the system does not
+    hand out the last freed pages first: with just as many bytes, some came from elsewhere in every fourth run.
     """
     nbytes *= 2
     block = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -31,12 +31,12 @@ def touch_and_free(nbytes: int) -> None:
 
 
 def peak(run: Callable[[], Any]) -> tuple[Any, int]:
-    """Return a function's result, and how many bytes of memory the process had more at most while it ran.
+    """Return a function's result, and by how many bytes the memory of the process grew at most while it ran.
 
     Raises
     ------
     MissingError
-        If the system does not tell.
+        If the system does not report it.
     """
     if not _CLEAR.exists():
         raise MissingError("the system does not tell the peak of a process' memory")

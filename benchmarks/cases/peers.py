@@ -1,4 +1,4 @@
-"""How each library makes a new array of float32 on the CPU, and what is asked of the result."""
+"""How each library makes a new array of float32 on the CPU, and a check of the result."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def check_filled(result: Any, value: float = VALUE) -> None:
 
 
 def gpuconst_full(nbytes: int) -> Callable[[], Any]:
-    """Return what makes an `Array`."""
+    """Return a function that makes an `Array`."""
     import gpuconst
 
     return functools.partial(gpuconst.full, (nbytes // ITEMSIZE,), VALUE, dtype="float32", device="cpu")
 
 
 def numpy_full(nbytes: int) -> Callable[[], Any]:
-    """Return what makes a NumPy array."""
+    """Return a function that makes a NumPy array."""
     import numpy as np
 
     return functools.partial(np.full, (nbytes // ITEMSIZE,), VALUE, np.float32)
 
 
 def torch_full(nbytes: int) -> Callable[[], Any]:
-    """Return what makes a torch tensor."""
+    """Return a function that makes a torch tensor."""
     import torch
 
     return functools.partial(torch.full, (nbytes // ITEMSIZE,), VALUE, dtype=torch.float32)
 
 
 def torch_empty_fill(nbytes: int) -> Callable[[], Any]:
-    """Return what makes a torch tensor in two steps."""
+    """Return a function that makes a torch tensor in two steps."""
     import torch
 
     shape = (nbytes // ITEMSIZE,)
@@ -53,7 +53,7 @@ def torch_empty_fill(nbytes: int) -> Callable[[], Any]:
 
 
 def jax_full(nbytes: int) -> Callable[[], Any]:
-    """Return what makes a JAX array, and waits for it."""
+    """Return a function that makes a JAX array and waits for it."""
     import jax.numpy as jnp
 
     shape = (nbytes // ITEMSIZE,)
@@ -61,7 +61,7 @@ def jax_full(nbytes: int) -> Callable[[], Any]:
 
 
 def jax_jitted_full(nbytes: int) -> Callable[[], Any]:
-    """Return what makes a JAX array by a compiled function, and waits for it."""
+    """Return a function that makes a JAX array by a compiled function and waits for it."""
     import jax
     import jax.numpy as jnp
 
@@ -70,7 +70,7 @@ def jax_jitted_full(nbytes: int) -> Callable[[], Any]:
 
 
 def tensorflow_fill(nbytes: int) -> Callable[[], Any]:
-    """Return what makes a TensorFlow tensor."""
+    """Return a function that makes a TensorFlow tensor."""
     import tensorflow as tf
 
     shape = (nbytes // ITEMSIZE,)
@@ -79,7 +79,7 @@ def tensorflow_fill(nbytes: int) -> Callable[[], Any]:
 
 
 def on_threads(contender: Contender) -> list[Contender]:
-    """Return a contender of torch's on one thread, on two, and on all cores where there are more."""
+    """Return a torch contender on one thread, on two, and on all cores if there are more."""
     counts = sorted({1, 2, len(os.sched_getaffinity(0))})
     return [
         replace(contender, name=f"{contender.name}, {count} thread{'s' * (count > 1)}", threads=count)

@@ -1,4 +1,4 @@
-"""What a process pays once: the import, and the first call."""
+"""The cost that each process pays once: the import, and the first call."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from benchmarks.contest import Case, Contender, Row
 
-# -P: the tree that is measured, not the working directory.
+# -P: imports from the tree that is measured, not from the working directory.
 _COMMAND = [sys.executable, "-P", "-c"]
 _TIMED = "import time; {before}\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment, in which compiled modules may be kept, as an installed package's are."""
+    """Return the environment, with caching of compiled modules allowed, as for an installed package."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -41,7 +41,7 @@ _CONTENDERS = [
     _contender("torch", "import torch", "torch.full((1000,), 1.1)"),
     _contender("JAX", "import jax.numpy as jnp", "jnp.full(1000, 1.1).block_until_ready()"),
 ]
-#: Without those whose import takes a second and more.
+#: Without the others, whose import takes a second or more.
 _QUICK_CONTENDERS = _CONTENDERS[:2]
 
 

@@ -1,4 +1,4 @@
-"""What it takes to give a torch module on the meta device memory and values, in a fresh process."""
+"""The time to give a torch module on the meta device memory and values, in a fresh process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.cases.pages import touch_and_free
 from benchmarks.cases.peers import on_threads
 from benchmarks.contest import VALUE, Case, Contender, Row
 
-#: Width of the model, its heads, width of its feed-forward part, and how many such models are made.
+#: Width of the model, number of heads, width of the feed-forward part, and number of such models.
 _MODELS = {"12 layers, 85 million parameters": (768, 12, 3072, 1), "12 layers, 27 thousand parameters": (16, 4, 32, 20)}
 _QUICK_MODELS = {"12 layers, 3 million parameters": (144, 12, 576, 1)}
 _LAYERS = 12
@@ -61,10 +61,10 @@ def _check(module: Any) -> None:
 
 
 def _measured(filler: Filler, check: Filler) -> Callable[..., Callable[[], float]]:
-    """Return what makes a function that returns the seconds that one module took; they are kept."""
+    """Return a `make` for a contender that keeps its modules and returns the seconds per module."""
 
     def make(width: int, heads: int, hidden: int, count: int) -> Callable[[], float]:
-        filler(_transformer(8, 1, 8))  # what the library does only once is in another case
+        filler(_transformer(8, 1, 8))  # work that the library does only once is in another case
         modules = [_transformer(width, heads, hidden) for _ in range(count)]
 
         def measure() -> float:
@@ -88,12 +88,12 @@ _CONTENDERS = [
     *reversed(on_threads(Contender("to_empty + nn.init", _measured(_to_empty_and_init, _check)))),
     Contender("to_empty (no values)", _measured(_to_empty, lambda module: None), beside=True),
 ]
-#: Without those whose processes would only import torch once more.
+#: Without the others, whose processes would only import torch once more.
 _QUICK_CONTENDERS = _CONTENDERS[:2]
 
 
 def rows(quick: bool) -> list[Row]:
-    """Return a row where the memory counts, and one where the number of tensors does."""
+    """Return a row dominated by the memory, and one dominated by the number of tensors."""
     contenders = _QUICK_CONTENDERS if quick else _CONTENDERS
     return [
         Row(label, contenders, {"width": width, "heads": heads, "hidden": hidden, "count": count})
