@@ -15,7 +15,7 @@ from .errors import CopyNeededError, DeviceUnavailableError, OutOfMemoryError
 from .filling import FillPlan, fill, fill_many, plan_fill
 from .views import shares_memory
 
-# Without what needs a framework, so that `from gpuconst import *` asks for none.
+# Names that need a framework are left out, so that `from gpuconst import *` requires none.
 __all__ = [
     "Array",
     "CopyNeededError",
@@ -53,7 +53,7 @@ else:
     }
 
     def __getattr__(name):
-        """Import what not every program needs when it is first asked for; with an adapter, its framework."""
+        """Import on first access what not every program needs; an adapter imports its framework."""
         if name in _ADAPTERS:
             return _import_module(f"gpuconst.{name}")
         if name in _LAZY:

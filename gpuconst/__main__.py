@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             demo.run(backend=options.backend, value=options.value, device=options.device)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough; the interpreter must find nothing left to flush
+    except BrokenPipeError:  # the reader closed the pipe; leave the interpreter nothing to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ImportError, RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
@@ -52,12 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gpuconst {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    about = commands.add_parser("info", help="devices, backends and versions, and why the rest is not usable")
-    about.add_argument("--json", action="store_true", help="print it as JSON")
-    demo = commands.add_parser("demo", help="build a Keras model whose weights share the memory gpuconst filled")
-    demo.add_argument("--backend", choices=["tensorflow", "jax", "torch"], help="of Keras; by default one installed")
-    demo.add_argument("--value", type=float, default=0.1, help="to fill the first kernel with (default: 0.1)")
-    demo.add_argument("--device", help="'cpu', 'cuda' or 'cuda:N'; by default where Keras puts its weights")
+    about = commands.add_parser("info", help="list devices, backends and versions, and say why any cannot be used")
+    about.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    demo = commands.add_parser("demo", help="build a Keras model whose weights live in memory that gpuconst filled")
+    demo.add_argument(
+        "--backend", choices=["tensorflow", "jax", "torch"], help="Keras backend (default: an installed one)"
+    )
+    demo.add_argument("--value", type=float, default=0.1, help="value of the kernels (default: 0.1)")
+    demo.add_argument("--device", help="'cpu', 'cuda' or 'cuda:N' (default: where Keras puts its weights)")
     return parser
 
 

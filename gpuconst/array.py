@@ -1,4 +1,4 @@
-"""The result: memory filled with a constant, and every protocol that hands it on."""
+"""`Array`: memory filled with a constant, and every protocol that hands it on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ _CPU_DEVICE = (CPU, 0)
 
 
 class Array:
-    """Memory of one device, filled with a constant.
+    """Memory on one device, filled with a constant.
 
-    Made by `full` and its kin, not by hand. It does no arithmetic: hand it to the framework that does
-    with `to_torch`, `to_jax`, `to_tensorflow`, `to_cupy` or `to_numpy`, or to anything that speaks
-    DLPack. All of them share this memory, which lives as long as any of them.
+    Made by `full` and the functions like it, not directly. An Array does no arithmetic: hand it to a
+    framework that does, with `to_torch`, `to_jax`, `to_tensorflow`, `to_cupy` or `to_numpy`, or to
+    anything that speaks DLPack. All of them share its memory, which lives as long as any of them; only
+    `to_numpy` of CUDA memory makes a copy.
     """
 
     __slots__ = ("__weakref__", "_address", "_carrier", "_dtype", "_memory", "_place", "_shape", "_stream")
@@ -42,7 +43,7 @@ class Array:
 
     @property
     def _exporter(self) -> Any:
-        """The carrier, an array of the backend's library; made when it is first asked for, as few ever are."""
+        """The carrier, an array of the backend's library; made on first use, since few are ever needed."""
         carrier = self._carrier
         if carrier is None:
             carrier = self._place.module.carve(self._memory, self._address, self._shape, self._dtype.carrier)
@@ -56,7 +57,7 @@ class Array:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the elements; an ml_dtypes type for bfloat16 and float8."""
+        """NumPy dtype of the elements; an ml_dtypes type for bfloat16 and float8."""
         return self._dtype.numpy
 
     @property
@@ -127,16 +128,16 @@ class Array:
         Parameters
         ----------
         stream : int, optional
-            The consumer's CUDA stream, as the array API standard numbers them: None or 1 the legacy
-            default stream, 2 the per-thread one, -1 no synchronisation, else a handle. It is made to
-            wait for the fill. On the CPU only None.
+            The consumer's CUDA stream, numbered as in the array API standard: None or 1 for the legacy
+            default stream, 2 for the per-thread one, -1 for no synchronisation, else a handle. The
+            stream is made to wait for the fill. On the CPU, only None is allowed.
         max_version : tuple of int, optional
-            The latest DLPack version the consumer understands; without it, or before 1.0, the capsule
-            is a legacy one.
+            The latest DLPack version that the consumer understands; if it is missing or below 1.0, the
+            capsule is a legacy one.
         dl_device : tuple of int, optional
             Where the consumer wants the data: this array's own device, or ``(1, 0)``, host memory.
         copy : bool, optional
-            True: a copy of its own. False: never a copy. None: a copy only where `dl_device` needs it.
+            True: always copy. False: never copy. None: copy only if `dl_device` needs it.
 
         Returns
         -------
@@ -149,7 +150,7 @@ class Array:
         RuntimeError
             If `stream` is given for CPU memory.
         ValueError
-            If `stream` is 0, which the standard leaves ambiguous, or no stream's number.
+            If `stream` is 0, which the standard leaves ambiguous, or is not a stream number.
         """
         if copy is None and dl_device is None and stream is None and self._place.device == "cpu":
             if self._dtype.native:
@@ -176,7 +177,7 @@ class Array:
             source = self._copied_to(self._place if target == here else select("cpu"))
         if consumer is not None and target == here:
             source._place.module.hand_over(source._memory, self._stream, consumer)
-        # Ordered above, for every backend alike: -1 tells the carrier's exporter not to.
+        # Streams are ordered above, alike for every backend: -1 tells the carrier's exporter not to.
         capsule = source._exporter.__dlpack__(stream=None if target == _CPU_DEVICE else -1, max_version=max_version)
         return retag(capsule, self._dtype, max_version, copied=source is not self)
 
@@ -191,7 +192,7 @@ class Array:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """CUDA Array Interface, version 3; absent on the CPU and for dtypes it has no name for."""
+        """CUDA Array Interface, version 3; absent on the CPU and for dtypes that it cannot name."""
         if self._place.device == "cpu" or not self._dtype.native:
             raise AttributeError(f"{self!r} has no __cuda_array_interface__")
         return {
@@ -199,31 +200,31 @@ class Array:
             "typestr": self._dtype.numpy.str,
             "data": (self._address, False),
             "version": 3,
-            "stream": self._stream or 1,  # 0 is ambiguous there, 1 the legacy default stream
+            "stream": self._stream or 1,  # 0 is ambiguous there, 1 is the legacy default stream
         }
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return a NumPy view of CPU memory; a CUDA array refuses, `to_numpy` says that it copies."""
+        """Return a NumPy view of CPU memory; CUDA memory is refused, since only `to_numpy` copies it."""
         if self._place.device != "cpu":
             raise TypeError(f"{self!r} is not in host memory; copy it with to_numpy()")
         return np.array(self.to_numpy(), dtype=dtype, copy=copy)
 
     def to_numpy(self) -> np.ndarray:
-        """Return the array in NumPy: a view of CPU memory, a copy of CUDA memory.
+        """Return a NumPy array: a view of CPU memory, or a copy of CUDA memory.
 
-        bfloat16 and float8 arrive as their ml_dtypes types.
+        bfloat16 and float8 elements have their ml_dtypes types.
 
         Returns
         -------
         numpy.ndarray
         """
         host = self if self._place.device == "cpu" else self._copied_to(select("cpu"))
-        # Always a new view: giving it another shape or making it read-only must not reach the carrier.
+        # Always a new view: changing its shape or making it read-only must not affect the carrier.
         view: np.ndarray = host._exporter.view(self._dtype.numpy)
         return view
 
     def to_torch(self) -> Any:
-        """Return a torch tensor of the same memory.
+        """Return a torch tensor that shares the memory.
 
         Returns
         -------
@@ -234,12 +235,12 @@ class Array:
         ImportError
             If torch is not installed.
         TypeError
-            If torch has no such dtype.
+            If torch lacks the dtype.
         """
         return handover.to_torch(self)
 
     def to_jax(self) -> Any:
-        """Return a JAX array of the same memory.
+        """Return a JAX array that shares the memory.
 
         Returns
         -------
@@ -252,12 +253,12 @@ class Array:
         TypeError
             If JAX would copy: 64-bit types while ``jax_enable_x64`` is off.
         BufferError
-            If JAX copied all the same.
+            If JAX copied nevertheless.
         """
         return handover.to_jax(self)
 
     def to_tensorflow(self) -> Any:
-        """Return a TensorFlow tensor of the same memory.
+        """Return a TensorFlow tensor that shares the memory.
 
         Returns
         -------
@@ -268,16 +269,16 @@ class Array:
         ImportError
             If TensorFlow is not installed.
         TypeError
-            If the dtype is a float8, which TensorFlow's DLPack does not take.
+            If the dtype is a float8, which TensorFlow does not import through DLPack.
         BufferError
-            If the memory is on a GPU and this TensorFlow can use none.
+            If the memory is on a GPU and TensorFlow cannot use one.
         """
         if self._place.device != "cpu":  # TensorFlow reads on streams of its own
             self._place.module.synchronize(self._place.ordinal, self._stream)
         return handover.to_tensorflow(self)
 
     def to_cupy(self) -> Any:
-        """Return a CuPy array of the same memory.
+        """Return a CuPy array that shares the memory.
 
         Returns
         -------
@@ -290,6 +291,6 @@ class Array:
         BufferError
             If the memory is on the CPU: CuPy would copy it.
         TypeError
-            If the dtype is a float8, which CuPy does not have.
+            If the dtype is a float8, which CuPy lacks.
         """
         return handover.to_cupy(self)

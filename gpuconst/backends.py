@@ -1,4 +1,4 @@
-"""Which backend fills which device, and why not another."""
+"""Which backend fills which device, and why the others do not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["BACKENDS", "Backend", "Place", "load", "select"]
 
 
 class Row(NamedTuple):
-    """What there is to know of a backend before it is loaded.
+    """What is known about a backend before it is loaded.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 #: The backends by name, in the order in which they are tried for a device; the first usable one is taken.
 BACKENDS = {
-    # CuPy first: its pool is the one that RMM and torch can be plugged into.
+    # CuPy first: RMM and torch can be plugged into its pool.
     "cupy": Row("cuda", "cupy_cuda", ("cupy", "cupy-cuda12x", "cupy-cuda13x")),
     "numba": Row("cuda", "numba_cuda", ("numba-cuda",)),
     "numpy": Row("cpu", "host", ("numpy",)),
@@ -61,7 +61,7 @@ class Backend(Protocol):
         """Return uninitialised memory, which lives as long as the object returned, and its address."""
 
     def carve(self, memory: Any, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """Return an array of some of the memory that keeps it alive and exports DLPack."""
+        """Return an array over part of the memory, which keeps the memory alive and exports DLPack."""
 
     def full(self, nbytes: int, element: bytes, index: int, stream: int) -> tuple[Any, int]:
         """Allocate and fill."""
@@ -70,16 +70,16 @@ class Backend(Protocol):
         """Fill memory in place."""
 
     def prepare(self, runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-        """Return what fills many runs in one launch, on the stream it is called with, again and again."""
+        """Return a function that fills many runs in one launch, on the stream that it is given, as often as called."""
 
     def copy(self, target: int, source: int, nbytes: int, index: int, stream: int) -> None:
         """Copy bytes between addresses of device `index` or the host, in stream order."""
 
     def hand_over(self, memory: Any, first: int, then: int) -> None:
-        """Make stream `then` wait for stream `first`, and the memory outlive its work there."""
+        """Make stream `then` wait for stream `first`, and keep the memory until its work there is done."""
 
     def order(self, first: int, then: int, index: int) -> None:
-        """Make stream `then` wait for what stream `first` has been given so far."""
+        """Make stream `then` wait for the work given to stream `first` so far."""
 
     def synchronize(self, index: int, stream: int) -> None:
         """Block until the stream has finished."""
@@ -115,9 +115,9 @@ if hasattr(os, "register_at_fork"):
 def select(device: Any = None) -> Place:
     """Choose the backend for a device.
 
-    ``None`` takes a GPU where there is a usable one and the CPU otherwise, and logs why, with a warning
-    where a GPU was to be expected; a device that is named is used or refused. ``GPUCONST_BACKEND`` names
-    the backend to use for what it can serve; it is read when a device is first chosen.
+    ``None`` takes a usable GPU if there is one and the CPU otherwise, and logs why, with a warning if a
+    GPU was to be expected; a device that is named is used or refused. ``GPUCONST_BACKEND`` names the
+    backend to use for the devices that it serves; it is read when a device is first chosen.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def select(device: Any = None) -> Place:
     ValueError
         If there is no device or backend of that name.
     DeviceUnavailableError
-        If it was asked for by name and cannot be used.
+        If a device or backend was requested by name and cannot be used.
     """
     if device is not None and type(device) is not str:
         device = str(device)
@@ -141,7 +141,7 @@ def select(device: Any = None) -> Place:
     if place is None:
         place = _places[device] = _select(device)
     elif place.device != "cpu" and (device is None or device == "cuda"):
-        ordinal = place.module.current_index()  # which GPU is the thread's current one can change
+        ordinal = place.module.current_index()  # the thread's current GPU can change
         if ordinal != place.ordinal:
             return select(f"cuda:{ordinal}")
     return place
@@ -161,7 +161,7 @@ def _select(device: str | None) -> Place:
     for kind in kinds:
         absent = cuda_driver.missing() if kind == "cuda" else None
         for name in _candidates(kind, forced):
-            if absent is not None:  # not worth importing what would say the same
+            if absent is not None:  # no need to import it, only to be told the same
                 reasons[name] = absent
                 continue
             module = load(name)
@@ -183,7 +183,7 @@ def _candidates(kind: str, forced: str | None) -> list[str]:
 
 
 def load(name: str) -> Backend:
-    """Import a backend's module; the module imports no CUDA library before it is asked to work."""
+    """Import a backend's module, which itself imports no CUDA library until it is used."""
     return cast(Backend, importlib.import_module(f"gpuconst.kernels.{BACKENDS[name].module}"))
 
 

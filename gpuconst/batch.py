@@ -28,13 +28,13 @@ class Batch(NamedTuple):
     device : str
         ``"cpu"`` or ``"cuda:N"``.
     runs : numpy.ndarray of RUN
-        None of which intersects another, or anything strided.
+        No run intersects another run, or a strided region.
     strided : list of Region
-        What is no run.
+        The regions that are not runs.
     owners : list
-        Keep the memory alive where the arrays alone do not: an exported buffer can be all that does.
+        Objects that keep the memory alive where the arrays alone do not, such as an exported buffer.
     streams : list of int
-        Handles of the CUDA streams that arrays of no framework name themselves.
+        Handles of the CUDA streams that are named by arrays which belong to no framework.
     """
 
     device: str
@@ -53,23 +53,23 @@ class Batch(NamedTuple):
 
 
 def each_with_value(xs: Iterable[Any], fill_values: Any) -> tuple[list[Any], list[Any] | None]:
-    """Return arrays and values as lists, the values as None where one serves all.
+    """Return arrays and values as lists; the values are None if one serves all arrays.
 
     Parameters
     ----------
     xs : iterable of array
-        Consumed once.
+        Iterated over once.
     fill_values : scalar, bytes, or iterable of them
         One value for all, or as many as there are arrays.
 
     Raises
     ------
     TypeError
-        If `xs` is an array instead of several, or what holds arrays without being a sequence of them; if
-        there is a value for each and one of both has no order; or if `fill_values` is an array that is not
-        NumPy's.
+        If `xs` is a single array, or something that holds arrays but must be unpacked (a module, a mapping);
+        if there is a value for each array and `xs` has no order; or if `fill_values` is a mapping, a set, or an
+        array that is not NumPy's.
     ValueError
-        If the lengths differ, or an iterator has nothing left to give.
+        If the lengths differ, or an iterator is exhausted.
     """
     arrays = _several(xs)
     if _is_one(fill_values):
@@ -102,7 +102,7 @@ def _several(xs: Any) -> list[Any]:
 
 
 def _is_one(fill_values: Any) -> bool:
-    """Whether it is one value for all arrays."""
+    """Whether there is one value for all arrays."""
     if isinstance(fill_values, int | float | complex | str | bytes | bytearray):
         return True
     ndim = getattr(fill_values, "ndim", None)
@@ -115,16 +115,16 @@ def _is_one(fill_values: Any) -> bool:
 
 
 def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None) -> list[Batch]:
-    """Check arrays and values, and say what to fill, launch by launch.
+    """Check arrays and values, and return what to fill, launch by launch.
 
-    Arrays whose address ranges intersect come in successive batches, in their order.
+    Arrays whose address ranges intersect are put in successive batches, in order.
 
     Parameters
     ----------
     arrays : sequence of array
         As for `fill`.
     fill_values, values
-        What `each_with_value` made of the values; `fill_values` counts where `values` is None.
+        The values as `each_with_value` took and returned them; `fill_values` is used if `values` is None.
 
     Returns
     -------
@@ -154,7 +154,7 @@ def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None
 
 
 def _in_columns(arrays: Sequence[Any]) -> Iterator[tuple[Sequence[int], Callable[[Sequence[Any]], Columns]]]:
-    """Yield what can be read at once: the indices of arrays, and how to read them."""
+    """Yield groups of arrays that can be read at once: their indices, and the function that reads them."""
     tensors = tensor_positions(arrays)
     if tensors:
         yield tensors, columns
@@ -170,7 +170,7 @@ _READERS: list[tuple[type, Callable[[Sequence[Any]], Columns]]] = [(np.ndarray, 
 
 
 class _Part(NamedTuple):
-    """Some of the arrays of one device: their runs and regions, and the position of each among all arrays."""
+    """Some of the arrays on one device: their runs and regions, and the position of each among all arrays."""
 
     device: str
     runs: np.ndarray
@@ -182,26 +182,26 @@ class _Part(NamedTuple):
 
 
 def tiles(values: Sequence[Any], dtypes: Sequence[DType], named: Callable[[int], str]) -> np.ndarray:
-    """Return the tile of each value where elements are aligned to their itemsize.
+    """Return the tile of each value, for elements that are aligned to their itemsize.
 
     Parameters
     ----------
     values : sequence of scalar or bytes
         As for `encode`.
     dtypes : sequence of DType
-        Of each value.
+        The dtype of each value.
     named : callable
         Gives the name of the value at an index, for messages.
 
     Returns
     -------
     numpy.ndarray of uint64
-        Two words a row.
+        One row of two words for each value.
 
     Raises
     ------
     TypeError, ValueError, OverflowError
-        As `encode`, with the name in the message.
+        As for `encode`, with the name in the message.
     """
     words = np.empty((len(values), 2), np.uint64)
     try:
@@ -223,7 +223,7 @@ def tiles(values: Sequence[Any], dtypes: Sequence[DType], named: Callable[[int],
 
 
 def _repeated(elements: bytes, itemsize: int) -> np.ndarray:
-    """Return each element as often as a tile has room for, a row an element."""
+    """Return each element repeated to fill a tile, one row per element."""
     rows = np.frombuffer(elements, f"V{itemsize}")[:, None]
     return np.repeat(rows, TILE // itemsize, axis=1).view(np.uint64)
 
@@ -231,7 +231,7 @@ def _repeated(elements: bytes, itemsize: int) -> np.ndarray:
 def _plain_part(
     found: Columns, chosen: np.ndarray, positions: np.ndarray, fill_value: Any, values: Sequence[Any] | None
 ) -> _Part:
-    """Return the part of plain arrays on one device, which are a run each."""
+    """Return the part that consists of plain arrays on one device, each of which is a run."""
     dtypes = found.dtypes
     if len(chosen) < len(dtypes):
         dtypes = [dtypes[index] for index in chosen.tolist()]
@@ -262,7 +262,7 @@ def _plain_part(
 def _other_parts(
     arrays: Sequence[Any], positions: Sequence[int], fill_value: Any, values: Sequence[Any] | None
 ) -> list[_Part]:
-    """Return the parts of arrays of any kind, looked at one by one."""
+    """Return the parts that consist of arrays of any kind, examined one by one."""
     found: dict[str, list[tuple[int, View, Region]]] = {}
     for position in positions:
         x = arrays[position]
@@ -280,7 +280,7 @@ def _other_parts(
 
 
 def _part(device: str, looked_at: Sequence[tuple[int, View, Region]]) -> _Part:
-    """Return the part of arrays on one device, of each its position, its view and what there is to fill."""
+    """Return the part that consists of arrays on one device, given the position, view and region of each."""
     rows: list[tuple[int, tuple[int, ...]]] = []
     strided: list[tuple[int, Region]] = []
     for position, _, region in looked_at:
@@ -301,7 +301,7 @@ def _part(device: str, looked_at: Sequence[tuple[int, View, Region]]) -> _Part:
 
 
 def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
-    """Return the fewest batches in which nothing intersects and the later array wins."""
+    """Return the fewest batches such that nothing intersects within a batch and later arrays win."""
     runs = np.concatenate([part.runs for part in parts])
     strided = [region for part in parts for region in part.strided]
     owners = [owner for part in parts for owner in part.owners]
@@ -315,7 +315,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
     )
     order = np.argsort(starts, kind="stable")
     reach = np.maximum.accumulate(stops[order])
-    apart = np.append(True, starts[order][1:] >= reach[:-1])  # from all that begins at lower addresses
+    apart = np.append(True, starts[order][1:] >= reach[:-1])  # from all ranges that start at lower addresses
     if apart.all():
         return [Batch(device, runs, strided, owners, streams)]
     positions = np.concatenate(
@@ -344,7 +344,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
 
 
 def _turns(starts: Sequence[int], stops: Sequence[int]) -> list[int]:
-    """Return for each address range the batch it goes into: the one after those of earlier ranges that it meets."""
+    """Return the batch of each address range: the one after those of all earlier ranges that it intersects."""
     turns = []
     # How many batches have reached each address so far: latest[k] of them from edges[k] to the next edge.
     edges, latest = [0], [0]
@@ -366,7 +366,7 @@ def _end(region: Region) -> int:
 
 
 def writable_view(x: Any) -> View:
-    """Look at an array that is about to be written.
+    """Return the view of an array that is about to be written.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""New memory, filled: `full`, `zeros`, `ones`, and `full_many` at once."""
+"""New memory, filled: `full`, `zeros`, `ones`, and `full_many` for many arrays at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .values import check_shape, default_dtype, encode
 __all__ = ["full", "full_many", "ones", "zeros"]
 
 
-#: Up to so many new arrays are filled in turn on the CPU.
+#: Up to this many new arrays are filled one by one on the CPU.
 FEW = 200
 
 T = TypeVar("T")
@@ -37,45 +37,45 @@ T = TypeVar("T")
 def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, stream: Any = None) -> Array:
     """Return a new array filled with a constant.
 
-    Shape and value are checked, and the value encoded, on the host before anything is allocated.
+    The shape and value are checked, and the value encoded, on the host before anything is allocated.
 
     Parameters
     ----------
     shape : int or sequence of int
         Elements along each dimension.
     fill_value : scalar or bytes
-        A Python or NumPy scalar or 0-d NumPy array, or ``bytes``: the raw bits of one element.
+        A Python or NumPy scalar, a 0-d NumPy array, or ``bytes``: the raw bits of one element.
     dtype : optional
-        A name, a NumPy or ml_dtypes dtype, or the dtype object of a framework. By default bool gives
-        bool, int int64, float float32 and complex complex64.
+        A name, a NumPy or ml_dtypes dtype, or the dtype object of a framework. By default, bool gives
+        bool, int gives int64, float gives float32 and complex gives complex64.
     device : str, optional
-        ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. By default a GPU where there is a usable one and the
-        CPU otherwise; `Array.device` says which, and `info` why.
+        ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. By default, a usable GPU if there is one, otherwise the
+        CPU; `Array.device` says which was chosen, and `info` says why.
     stream : optional
         The CUDA stream to fill on: an int handle, a stream of CuPy, torch, Numba or cuda.core, or
-        anything with ``__cuda_stream__``. By default the legacy default stream.
+        anything with ``__cuda_stream__``. By default, the legacy default stream.
 
     Returns
     -------
     Array
-        C-ordered, at an address that is a multiple of 256 bytes.
+        C-ordered, and aligned to 256 bytes.
 
     Raises
     ------
     TypeError
-        If the shape is no int or sequence of ints, the dtype unknown, or the value of another kind
-        than the dtype (a fraction for an int, complex for a real, no number).
+        If the shape is not an int or a sequence of ints, the dtype is unknown, or the value is not a
+        number or is of the wrong kind for the dtype (a fraction for an int, complex for a real).
     ValueError
-        If a dimension is negative, the device has no such name, ``bytes`` are not one element long,
+        If a dimension is negative, `device` is not a device name, ``bytes`` are not one element long,
         or a stream is given for the CPU.
     OverflowError
         If the value does not fit the dtype, or the array would have more than ``2**63 - 1`` bytes.
     DeviceUnavailableError
-        If the device was named and cannot be used.
+        If the requested device cannot be used.
     OutOfMemoryError
         If the device has no memory left.
     RuntimeError
-        If a CUDA graph is being captured, during which nothing can be allocated.
+        If a CUDA graph is being captured: nothing can be allocated meanwhile.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
 
 
 def zeros(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any = None) -> Array:
-    """Return a new array of zeros; `full` with 0.0, and float32 by default.
+    """Return a new array of zeros: `full` with 0.0, float32 by default.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def zeros(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any
 
 
 def ones(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any = None) -> Array:
-    """Return a new array of ones; `full` with 1.0, and float32 by default.
+    """Return a new array of ones: `full` with 1.0, float32 by default.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def ones(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any 
 def _collector_paused() -> Iterator[None]:
     """Keep Python's cyclic collector from going through thousands of new objects again and again.
 
-    It would take a fifth of the time of 10,000 arrays, half of that of 1,000,000, and find nothing to free.
+    That would take a fifth of the time for 10,000 arrays, half of it for 1,000,000, and find nothing to free.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -149,32 +149,32 @@ def _collector_paused() -> Iterator[None]:
 
 @_collector_paused()
 def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, stream: Any = None) -> dict[str, Array]:
-    """Return many new arrays, each filled with its constant, from one allocation and one launch.
+    """Return many new arrays, each filled with its own constant, from one allocation and one launch.
 
     Parameters
     ----------
     specs : mapping of str to (shape, fill_value, dtype)
-        For each name what `full` takes; a dtype of None is the default for the value.
+        For each name, the arguments of `full`; a dtype of None means the default for the value.
     device, stream : optional
         As for `full`.
 
     Returns
     -------
     dict of str to Array
-        In the order of `specs`, each at an address that is a multiple of 256 bytes. They share one
-        block of memory, which lives as long as any of them, or anything that shares its memory.
+        The arrays, in the order of `specs`, each aligned to 256 bytes. They share one block of memory,
+        which lives as long as any of them, or anything else that shares it.
 
     Raises
     ------
     TypeError, ValueError, OverflowError
-        As for `full`, with the name in the message, before anything is allocated; TypeError too if a
+        As for `full`, with the name in the message, before anything is allocated; also TypeError if a
         spec is not a triple.
     DeviceUnavailableError
-        If the device was named and cannot be used.
+        If the requested device cannot be used.
     OutOfMemoryError
         If the device has no memory left.
     RuntimeError
-        If a CUDA graph is being captured, during which nothing can be allocated.
+        If a CUDA graph is being captured: nothing can be allocated meanwhile.
 
     Examples
     --------
@@ -197,7 +197,7 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
         filled = _filled_at_once(names, shapes, values, rows, place, handle)
     used_on = repeat(on_any_thread(handle))
     arrays = map(Array, repeat(filled.memory), filled.addresses, filled.shapes, rows, repeat(place), used_on)
-    made: dict[str, Any] = dict(specs)  # with room for all, where a new one would grow step by step
+    made: dict[str, Any] = dict(specs)  # already full size, where a new dict would grow step by step
     made.update(zip(names, arrays, strict=True))
     seconds = time.perf_counter() - start
     debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), filled.nbytes, seconds)
@@ -205,7 +205,7 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
 
 
 class _Filled(NamedTuple):
-    """Memory that is many arrays: its owner, and of each array the address and the shape, of all the bytes."""
+    """Memory that holds many arrays: its owner, the address and shape of each array, and their total bytes."""
 
     memory: Any
     addresses: Sequence[int]
@@ -216,7 +216,7 @@ class _Filled(NamedTuple):
 def _filled_in_turn(
     names: Sequence[str], shapes: Sequence[Any], values: Sequence[Any], rows: Sequence[DType], place: Place
 ) -> _Filled:
-    """Fill a few arrays of the CPU, which `_filled_at_once` would take longer to lay out than to fill."""
+    """Fill a few arrays on the CPU, which `_filled_at_once` would take longer to lay out than to fill."""
     measured = _each(names, check_shape, shapes, [row.itemsize for row in rows])
     elements = _each(names, encode, values, rows)
     offsets = [0, *accumulate(nbytes + -nbytes % ALIGNMENT for _, nbytes in measured)]
@@ -245,7 +245,7 @@ def _filled_at_once(
     memory, address = place.module.allocate(total, place.ordinal, handle)
 
     offsets = np.cumsum(padded) - padded
-    # Neighbours with the same tile are one run, what is between them included.
+    # Neighbours with the same tile form one run, including the padding between them.
     first = np.flatnonzero(np.append(True, (words[1:] != words[:-1]).any(axis=1)))[: len(names)]
     runs = np.zeros(len(first), RUN)
     runs["address"], runs["count"] = offsets[first] + np.uint64(address), 1
@@ -274,8 +274,8 @@ def _triple(entry: tuple[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def _resolved(names: Sequence[str], dtypes: Sequence[Any], values: Sequence[Any]) -> list[DType]:
-    """Return the row of each dtype, of None that of the value."""
-    # By identity: among thousands few are different, and some that are different equal each other.
+    """Return the row of each dtype; for None, the default for the value."""
+    # By identity: thousands of dtypes are few distinct objects, and some distinct ones compare equal.
     keys = list(map(id, dtypes))
     known = dict(zip(keys, dtypes, strict=True))
     if id(None) in known:
@@ -304,7 +304,7 @@ def _measured(
 
 
 def _each(names: Iterable[str], function: Callable[..., T], *columns: Sequence[Any]) -> list[T]:
-    """Return what a function makes of each row, with the row's name in the message where it raises."""
+    """Return the results of a function for each row; if it raises, the message names the row."""
     try:
         return list(map(function, *columns))
     except (TypeError, ValueError, OverflowError):

@@ -25,12 +25,12 @@ def run(*, backend: str | None, value: float, device: str | None) -> None:
     Parameters
     ----------
     backend : str or None
-        Of Keras: ``"tensorflow"``, ``"jax"`` or ``"torch"``; None takes ``KERAS_BACKEND`` or the first
-        that is installed.
+        Keras' backend: ``"tensorflow"``, ``"jax"`` or ``"torch"``; None takes ``KERAS_BACKEND`` or the
+        first that is installed.
     value : float
-        To fill the first kernel with.
+        Value to fill the kernels with.
     device : str or None
-        To put the weights on; None leaves it to Keras.
+        Where to put the weights; None leaves it to Keras.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def run(*, backend: str | None, value: float, device: str | None) -> None:
 
     from . import keras as adapter
 
-    keras = importlib.import_module("keras")  # the adapter has said what to install where it is missing
+    keras = importlib.import_module("keras")  # if it is missing, the adapter has said what to install
 
     filled = _Filled()
     scope: AbstractContextManager[Any] = nullcontext()
@@ -83,12 +83,12 @@ def run(*, backend: str | None, value: float, device: str | None) -> None:
 
 
 class _Filled(logging.Handler):
-    """Remembers, while it is entered, which buffers the initializers say they filled.
+    """Remembers, while it is entered, which buffers the initializers filled, from their log.
 
     Attributes
     ----------
     buffers : dict of int to str
-        By address, the backend and device that filled it.
+        For each address, the backend and device that filled the buffer.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""DLPack capsules: what carriers export, made to say what it is.
+"""DLPack capsules: those that carriers export, corrected to name the true dtype.
 
-The carrier's own library makes every capsule, with a deleter in C: a deleter written in Python runs
-while a consumer's rejection is pending, loses that error and leaks the buffer. What exporters cannot
-name (bfloat16, float8) leaves as an unsigned integer of the same width, and the type is corrected in
+The carrier's own library makes every capsule, with a deleter in C: a deleter written in Python would run
+while a consumer's exception is pending, lose that error and leak the buffer. Dtypes that exporters cannot
+name (bfloat16, float8) are exported as unsigned integers of the same width, and the type is corrected in
 the fresh capsule. Offsets are those of ``DLManagedTensor`` and ``DLManagedTensorVersioned`` in DLPack's
 ``dlpack.h``, on the 64-bit systems that CUDA supports.
 """
@@ -42,7 +42,7 @@ _RETAGS = {row: (_word(row, _UNSIGNED), _word(row, row.dlpack_code)) for row in 
 
 
 class Tensor(ctypes.Structure):
-    """``DLTensor``: the memory a capsule speaks of."""
+    """``DLTensor``: the memory that a capsule describes."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -59,23 +59,23 @@ class Tensor(ctypes.Structure):
 
 
 def retag(capsule: Any, dtype: DType, max_version: tuple[int, int] | None, *, copied: bool = False) -> Any:
-    """Make a fresh capsule say what its bytes are.
+    """Make a fresh capsule name the true dtype of its elements.
 
     Parameters
     ----------
     capsule : PyCapsule
         Just exported, and not handed on yet.
     dtype : DType
-        What its elements really are; the capsule names `dtype` itself or its carrier.
+        The true dtype; the capsule names `dtype` itself or its carrier.
     max_version : tuple of int, optional
-        What the exporter was given, which decides which of the two kinds of capsule it is.
+        What the exporter was given; it decides which of the two kinds of capsule this is.
     copied : bool
-        Whether to set the flag that the consumer has the only reference to a copy.
+        Whether to set the flag which says that the memory is a copy, for the consumer alone.
 
     Returns
     -------
     PyCapsule
-        The same one.
+        The same capsule.
 
     Raises
     ------
@@ -111,12 +111,12 @@ def read_capsule(capsule: Any) -> tuple[Tensor, int]:
     tensor : Tensor
         Valid while the capsule lives.
     flags : int
-        `READ_ONLY`, `IS_COPIED`; 0 for a legacy capsule, which has none.
+        `READ_ONLY` and `IS_COPIED` bits; 0 for a legacy capsule, which has no flags.
 
     Raises
     ------
     BufferError
-        If it is no DLPack capsule, was consumed before, or is of a later major version.
+        If it is not a DLPack capsule, was consumed before, or is of another major version than 1.
     """
     if _is_valid(capsule, _LEGACY):
         return Tensor.from_address(_get_pointer(capsule, _LEGACY)), 0

@@ -26,7 +26,7 @@ class DType:
     numpy : numpy.dtype
         The native-endian dtype that elements of this kind have in NumPy.
     carrier : numpy.dtype
-        What a DLPack exporter is asked to carry: `numpy` itself, or for the ml_dtypes formats, which
+        The dtype that is exported through DLPack: `numpy` itself or, for the ml_dtypes formats, which
         exporters cannot name, the unsigned integer of the same width.
     itemsize : int
         Bytes in one element.
@@ -71,7 +71,7 @@ def _extended(name: str, code: int) -> DType:
     return DType(name, dtype, carrier, dtype.itemsize, code, dtype.itemsize * 8, native=False)
 
 
-#: Every dtype there is, by name.
+#: Every supported dtype, by name.
 DTYPES: dict[str, DType] = {
     row.name: row
     for row in [
@@ -95,13 +95,13 @@ def dtype_from_dlpack(code: int, bits: int) -> DType | None:
 
 
 def resolve_dtype(dtype: Any) -> DType:
-    """Find the table row that `dtype` means.
+    """Return the table row that `dtype` means.
 
     Parameters
     ----------
     dtype : object
         A name, a NumPy dtype or scalar type, an ml_dtypes type, or the dtype object of torch, JAX or
-        TensorFlow; none of the frameworks is imported for it.
+        TensorFlow. No framework is imported to find it.
 
     Returns
     -------
@@ -110,7 +110,7 @@ def resolve_dtype(dtype: Any) -> DType:
     Raises
     ------
     TypeError
-        If it names no dtype in the table, or one in foreign byte order.
+        If `dtype` is not in the table, or is in foreign byte order.
     """
     try:
         return _ALIASES[dtype]
@@ -119,19 +119,19 @@ def resolve_dtype(dtype: Any) -> DType:
 
 
 def _resolve_foreign(dtype: Any) -> DType:
-    # There is none where another thread is still importing the framework.
+    # The attribute is missing while another thread is still importing the framework.
     torch_dtype: Any = getattr(sys.modules.get("torch"), "dtype", ())
     tensorflow_dtype: Any = getattr(sys.modules.get("tensorflow"), "DType", ())
     found: Any = dtype
     if isinstance(dtype, torch_dtype):
         found = str(dtype).removeprefix("torch.")
         if found in DTYPES:
-            _ALIASES[dtype] = DTYPES[found]  # a fill asks for it each time; TensorFlow's own equal numbers
+            _ALIASES[dtype] = DTYPES[found]  # needed by every fill; TensorFlow's compare equal to ints
             return DTYPES[found]
     elif isinstance(dtype, tensorflow_dtype):
         found = dtype.name
     elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
-        found = dtype.dtype  # jax.numpy.float32 and its like
+        found = dtype.dtype  # jax.numpy.float32 and the like
     if found is not None:
         with contextlib.suppress(TypeError):
             found = np.dtype(found)
@@ -147,7 +147,7 @@ def _resolve_foreign(dtype: Any) -> DType:
 
 
 def _hint(dtype: Any) -> str:
-    """Return what else to do than to use an unknown dtype."""
+    """Return advice on what to do instead of using an unknown dtype."""
     if isinstance(dtype, str):
         import difflib
 

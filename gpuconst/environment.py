@@ -1,4 +1,4 @@
-"""What there is to fill with on this machine, and why the rest is not usable: `info`."""
+"""`info`: the devices and backends of this machine, and why any of them cannot be used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .kernels import cuda_driver
 
 __all__ = ["BackendInfo", "Info", "info"]
 
-#: Seconds that a GPU has to answer; where libraries are read from a network, importing them takes some.
+#: Seconds that a GPU has to answer, including the time to import libraries, perhaps over a network.
 PATIENCE = 60
 
 _FRAMEWORKS = ["keras", "torch", "jax", "tensorflow", "tensorflow-cpu", "numpy", "ml_dtypes"]
@@ -33,9 +33,9 @@ class BackendInfo:
     device : str
         The kind of device it serves.
     version : str or None
-        Of its library, None where that is not installed.
+        Version of its library; None if that is not installed.
     why_not : str or None
-        Why it cannot be used, None if it can.
+        Why it cannot be used; None if it can.
     """
 
     name: str
@@ -46,20 +46,20 @@ class BackendInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """What `info` found; ``str()`` is a table, `asdict` the same as JSON-able data.
+    """What `info` found; ``str()`` gives a table, and `asdict` the same as plain data for JSON.
 
     Attributes
     ----------
     version : str
-        Of gpuconst.
+        Version of gpuconst.
     python, system : str
-        Of the interpreter, and the machine it runs on.
+        Version of Python, and the system and machine that it runs on.
     default : str
         What ``device=None`` gives, as ``"device (backend)"``, or why it gives nothing.
     driver : str or None
-        The CUDA version that the NVIDIA driver supports, None without a driver.
+        The CUDA version that the NVIDIA driver supports; None without a driver.
     devices : tuple of str
-        The GPUs, by name, compute capability and memory.
+        Name, compute capability and memory of each GPU.
     backends : tuple of BackendInfo
         In the order in which they are tried.
     frameworks : dict of str to str
@@ -95,10 +95,10 @@ class Info:
 
 
 def info() -> Info:
-    """Describe devices, backends and versions, with the reason for each that is not usable.
+    """Describe devices, backends and versions, with the reason why any of them cannot be used.
 
-    The GPU is asked in a process of its own, so that this one stays free to fork. Only where this one was forked
-    after CUDA was used, it is asked here, where the answer differs.
+    The GPU is queried in a separate process, so that this one can still fork. Only if this process was itself
+    forked after CUDA was used is the GPU queried here, where the answer differs.
 
     Returns
     -------
@@ -121,7 +121,7 @@ def info() -> Info:
 
 
 def _version(distributions: Iterable[str]) -> str | None:
-    import importlib.metadata  # with it comes what an import of gpuconst would pay for: email, zipfile, socket
+    import importlib.metadata  # not at the top: it imports email, zipfile and socket
 
     for name in distributions:
         try:
@@ -132,16 +132,16 @@ def _version(distributions: Iterable[str]) -> str | None:
 
 
 def _probe() -> dict[str, Any]:
-    """Run `print_probe` in a new interpreter, and wait for it within reason."""
+    """Run `print_probe` in a new interpreter, and wait at most `PATIENCE` seconds for it."""
     import json
     import subprocess
 
     if cuda_driver.forked():  # a new process could use CUDA, this one cannot
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what it says is in the answer
+            warnings.simplefilter("ignore", RuntimeWarning)  # the answer says the same
             return _look()
     code = "from gpuconst import environment; environment.print_probe()"
-    # The child searches where this process does, whatever has been done to its sys.path.
+    # The child imports from where this process does, whatever was done to its sys.path.
     command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
@@ -164,14 +164,14 @@ def _failed(why: str) -> dict[str, Any]:
 
 
 def print_probe() -> None:
-    """Print as one line of JSON what can be used; run in a process of its own."""
+    """Print what can be used, as one line of JSON; run in a process of its own."""
     import json
 
     print(json.dumps(_look()))
 
 
 def _look() -> dict[str, Any]:
-    """Ask the driver and the backends in this process."""
+    """Query the driver and the backends in this process."""
     found = cuda_driver.driver()
     try:
         place = select(None)

@@ -1,4 +1,4 @@
-"""The exceptions that are gpuconst's own, everything else being a built-in one, and what messages show of values."""
+"""gpuconst's own exceptions (all others that it raises are built-in ones), and helpers for error messages."""
 
 import reprlib
 from typing import Any
@@ -15,27 +15,27 @@ def brief(value: Any) -> str:
     Parameters
     ----------
     value : object
-        Of any kind and size.
+        Any object, of any size.
     """
     return _brief.repr(value)
 
 
 def about(error: Exception, what: str, way_out: str = "") -> Exception:
-    """Return an error that says what it is about.
+    """Return the error with its subject in the message.
 
     Parameters
     ----------
     error : Exception
-        Of any kind.
+        The original error.
     what : str
-        Put before its message.
+        Text to put before its message.
     way_out : str
-        Put behind it.
+        Text to put after it.
 
     Returns
     -------
     Exception
-        Of the same type; the error itself, with a note, where that type takes more than a message.
+        A new error of the same type or, if that type takes more than a message, the error itself with a note.
     """
     try:
         return type(error)(f"{what}: {error}{way_out}")
@@ -45,20 +45,20 @@ def about(error: Exception, what: str, way_out: str = "") -> Exception:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where there is none."""
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class DeviceUnavailableError(RuntimeError):
-    """A device or backend was asked for by name and cannot be used; the message says why."""
+    """The device or backend that a call needs cannot be used; the message says why."""
 
 
 class OutOfMemoryError(MemoryError):
-    """An allocation failed; the message names the request and the device."""
+    """An allocation failed; the message names the size requested and the device."""
 
 
 class CopyNeededError(BufferError, ValueError):
-    """A copy was forbidden and cannot be avoided.
+    """A copy is needed, but was forbidden.
 
-    DLPack asks for a BufferError, the array API standard for a ValueError.
+    It is both a BufferError, as DLPack specifies, and a ValueError, as the array API standard does.
     """

@@ -1,4 +1,4 @@
-"""Memory that is there already, filled in place: `fill`, `fill_many`, `plan_fill`."""
+"""Existing memory, filled in place: `fill`, `fill_many`, `plan_fill`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .views import View, extents
 __all__ = ["FillPlan", "fill", "fill_many", "plan_fill"]
 
 
-#: Up to so many arrays are worth a look at whether they can be filled in turn.
+#: Up to this many arrays, it is worth checking whether they can be filled one by one.
 FEW = 100
 
 T = TypeVar("T")
@@ -46,17 +46,17 @@ T = TypeVar("T")
 def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     """Fill an array with a constant, in place, and return it.
 
-    Everything is checked before anything is written. On CUDA the fill is asynchronous, on the owner's
-    current stream.
+    Everything is checked before anything is written. On CUDA, the fill is asynchronous, on the current
+    stream of the library that owns the array.
 
     Parameters
     ----------
     x : array
-        Any writable array of NumPy, torch or CuPy, a gpuconst `Array`, or any object with DLPack, the
-        buffer protocol or ``__cuda_array_interface__``; contiguous, strided, flipped or expanded. Of a
-        DTensor the local part is filled. A meta or fake tensor, which has no memory, is left alone.
+        A writable NumPy or CuPy array, a torch tensor, a gpuconst `Array`, or any object with DLPack,
+        the buffer protocol or ``__cuda_array_interface__``; contiguous, strided, flipped or expanded.
+        Of a DTensor, the local part is filled. A meta or fake tensor has no memory and is left alone.
     fill_value : scalar or bytes
-        As for `full`, held to the dtype of `x`.
+        As for `full`; it must fit the dtype of `x`.
     stream : optional
         The CUDA stream to fill on, instead of the owner's current one.
 
@@ -68,16 +68,16 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     Raises
     ------
     TypeError
-        If `x` is no array, or the value is of another kind than its dtype.
+        If `x` is not an array, or the value is of the wrong kind for its dtype.
     ValueError
-        If `x` is read-only or immutable (JAX, TensorFlow), describes impossible memory, or a stream is
-        given for CPU memory.
+        If `x` is read-only or immutable (JAX, TensorFlow), describes memory that cannot exist, or a
+        stream is given for CPU memory.
     OverflowError
         If the value does not fit the dtype of `x`.
     RuntimeError
-        If autograd is recording and `x` requires grad (`torch.Tensor.fill_` refuses leaves alone, and
-        records the fill of others); or a framework captures a CUDA graph and the fill would go to another
-        stream, and be missing from it.
+        If autograd is recording and `x` requires grad (`torch.Tensor.fill_` refuses only leaves, and
+        records the fill of other tensors); or if a framework is capturing a CUDA graph and the fill would
+        go to another stream and be missing from it.
     DeviceUnavailableError
         If no backend can reach the memory of `x`.
     """
@@ -113,9 +113,9 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
 
 
 def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
-    """Return what fills a NumPy array or an ordinary CPU tensor, and its arguments; None for any other.
+    """Return a function that fills a NumPy array or ordinary CPU tensor, and its arguments; None for any other.
 
-    These take no closer look, which costs more than the fill of up to 64 KiB.
+    These arrays need no closer look, which would cost more than filling up to 64 KiB.
     """
     if is_torch:
         found = stretch(x)
@@ -139,10 +139,10 @@ def _owners_stream(x: Any, view: View, place: Place) -> int:
 
 
 def _wait_for_owner(x: Any, owner: int, handle: int, place: Place) -> None:
-    """Order a stream that was asked for after the one that the array was last filled, exported or used on.
+    """Make the requested stream wait for the one that the array was last filled, exported or used on.
 
-    Not after the current stream of a framework: there, as in the framework's own calls, it is the
-    caller who orders a stream of theirs.
+    It does not wait for a framework's current stream: as in the framework's own calls, callers who pass
+    a stream order it themselves.
     """
     if isinstance(x, Array):
         place.module.hand_over(x._memory, owner, handle)
@@ -154,23 +154,24 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
     """Fill many arrays with constants, in one launch per device.
 
     Everything is checked before anything is written: either every array is filled, or none is touched.
-    Arrays whose address ranges intersect are filled in their order, in successive launches, and so is
-    what is strided in more than one dimension. It is a `plan_fill` used once.
+    Arrays whose address ranges intersect are filled in order, in successive launches. An array with
+    gaps takes launches of its own, unless it consists of evenly spaced long rows. The call is equivalent
+    to a `plan_fill` that is used once.
 
     Parameters
     ----------
     xs : iterable of array
-        Any mix of what `fill` takes.
+        Any mix of arrays that `fill` takes.
     fill_values : scalar, bytes, or iterable of them
         One value for all, or one for each array.
     stream : optional
-        The CUDA stream to fill on, instead of the owners' current one.
+        The CUDA stream to fill on, instead of the owners' current ones.
 
     Raises
     ------
     TypeError, ValueError, OverflowError, RuntimeError
-        As `fill` for a single array, with its index in the message; ValueError too if there are not
-        as many values as arrays.
+        As for `fill`, with the index of the array in the message; also ValueError if there are not as
+        many values as arrays.
     """
     if compiling():
         from .torch_eager import eagerly
@@ -188,9 +189,9 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
 
 
 def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
-    """Fill a few small NumPy arrays and ordinary CPU tensors, and say whether all were such.
+    """Fill a few small NumPy arrays and ordinary CPU tensors; if any is something else, fill none and return False.
 
-    To prepare a launch takes as long as to fill a hundred of them. What is wrong with any is for the long way to say.
+    Preparing a launch takes as long as filling a hundred of them. Errors are left for the long way to report.
     """
     if not 0 < len(arrays) <= FEW:
         return False
@@ -214,12 +215,12 @@ def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
 
 
 def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
-    """Prepare to fill many arrays with constants again and again.
+    """Prepare many arrays to be filled with constants again and again.
 
     Parameters
     ----------
     xs : iterable of array
-        Any mix of what `fill` takes; the plan keeps the arrays alive.
+        Any mix of arrays that `fill` takes; the plan keeps them alive.
     fill_values : scalar, bytes, or iterable of them
         One value for all, or one for each array.
 
@@ -249,14 +250,15 @@ def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
 
 
 class FillPlan:
-    """Arrays and values, checked and laid out once, to be filled at the price of one launch per device.
+    """Arrays and values, checked and laid out once, so that each fill costs one launch per device.
 
-    Made by `plan_fill`. The plan writes to the addresses that the arrays had when it was made, and keeps
-    that memory alive. What gives an array other memory makes the plan stale: ask `stale` after anything
-    of the kind, and make a new plan if it names any. After ``module.double()`` or ``tensor.data = …`` a
-    stale plan fills memory that is no longer read. What frees the memory itself, ``tensor.resize_``,
-    ``untyped_storage().resize_`` (the resharding of FSDP does that) or ``ndarray.resize`` without its
-    check, no plan survives: a fill after it overwrites memory that belongs to something else.
+    Made by `plan_fill`. A plan writes to the addresses that the arrays had when it was made, and keeps
+    that memory alive. It becomes stale when an array is given other memory: call `stale` after anything
+    that may have done so, and make a new plan if it returns any index. After ``module.double()`` or
+    ``tensor.data = …``, a stale plan fills memory that is no longer read. No plan survives an operation
+    that frees the memory itself: ``tensor.resize_``, ``untyped_storage().resize_`` (which FSDP uses to
+    reshard) or ``ndarray.resize`` with ``refcheck=False``. A fill after it overwrites memory that belongs
+    to something else.
     """
 
     __slots__ = ("_arrays", "_extents", "_restricted", "_steps", "_storages", "_tensors")
@@ -279,17 +281,17 @@ class FillPlan:
         Parameters
         ----------
         stream : optional
-            The CUDA stream to fill on, instead of the owners' current one; it may be under capture into
-            a graph, and the plan must then live as long as the graph.
+            The CUDA stream to fill on, instead of the owners' current ones. It may be capturing a CUDA
+            graph; the plan must then live as long as the graph.
 
         Raises
         ------
         ValueError
-            If a stream is given and all arrays are on the CPU, or it is a stream of another device.
+            If a stream is given and all arrays are on the CPU, or it belongs to another device.
         RuntimeError
-            If autograd is recording and an array required grad when the plan was made, one is an
-            inference tensor and this is not inference mode, or a framework captures a CUDA graph and the
-            fill would go to another stream, and be missing from it.
+            If autograd is recording and an array required grad when the plan was made; if an array is an
+            inference tensor and inference mode is off; or if a framework is capturing a CUDA graph and
+            the fill would go to another stream and be missing from it.
         """
         if compiling():
             from .torch_eager import eagerly
@@ -307,12 +309,12 @@ class FillPlan:
         self._log_done("filled", start)
 
     def stale(self) -> list[int]:
-        """Return the indices of the arrays whose memory is not where it was when the plan was made.
+        """Return the indices of the arrays whose memory has moved or changed size since the plan was made.
 
         Returns
         -------
         list of int
-            Empty as long as the plan may be used. Of an array that has become read-only it says nothing.
+            Empty as long as the plan may be used. Arrays that have become read-only are not reported.
         """
         moved: list[int] = np.flatnonzero((extents(self._arrays) != self._extents).any(axis=0)).tolist()
         return moved
@@ -329,7 +331,7 @@ class FillPlan:
 
 
 class _Step:
-    """One launch: a batch, the place that fills it, and whose streams it has to respect."""
+    """One launch: a batch, the place that fills it, and the arrays whose streams it must respect."""
 
     __slots__ = ("_batch", "_kinds", "_ours", "_prepared_on", "_run", "nbytes", "place")
 
@@ -350,7 +352,7 @@ class _Step:
         )
 
     def settle(self) -> None:
-        """Wait until the table is in place, for whichever stream reads it then; one run needs none."""
+        """Wait until the table is in place, so that any stream can read it; a single run has none."""
         if len(self._batch.runs) > 1:
             self.place.module.synchronize(self.place.ordinal, self._prepared_on)
 
@@ -365,12 +367,12 @@ class _Step:
                 place.module.hand_over(array._memory, array._stream, handle)
                 array._stream = on_any_thread(handle)
         self._run(handle)
-        if stream is None:  # otherwise it is the caller who orders what comes after it
+        if stream is None:  # otherwise the caller orders what comes after it
             for other in others:
                 place.module.order(handle, other, place.ordinal)
 
     def _streams(self, stream: Any) -> tuple[int, list[int]]:
-        """Return the stream to fill on, and those that the arrays are used on besides, which are waited for."""
+        """Return the stream to fill on, and the other streams that the arrays are used on, which it waits for."""
         if self.place.device == "cpu":
             return 0, []
         if stream is not None:
@@ -405,7 +407,7 @@ def _check_stream(stream: Any, steps: Sequence[_Step]) -> None:
 
 
 def _tensors(arrays: Sequence[Any]) -> list[Any]:
-    """Return the torch tensors, whose versions count."""
+    """Return the torch tensors, whose version counters must go up."""
     positions = tensor_positions(arrays)
     return list(arrays) if len(positions) == len(arrays) else [arrays[position] for position in positions]
 

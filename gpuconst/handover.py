@@ -1,4 +1,4 @@
-"""Hand-over to frameworks: each one's own import, and a refusal where it would copy."""
+"""Hand-over to frameworks: through the import function of each, and refused where it would copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["to_cupy", "to_jax", "to_tensorflow", "to_torch"]
 
 
 class Exporter(Protocol):
-    """What there is to hand over."""
+    """An array to hand over."""
 
     @property
     def size(self) -> int:
@@ -21,14 +21,14 @@ class Exporter(Protocol):
 
     @property
     def device(self) -> str:
-        """Where it is."""
+        """Where the memory is."""
 
     def data_ptr(self) -> int:
-        """Return the address."""
+        """Return the address of the first element."""
 
     @property
     def _dtype(self) -> DType:
-        """Of the elements."""
+        """Dtype of the elements."""
 
     @property
     def _exporter(self) -> Any:
@@ -39,15 +39,15 @@ class Exporter(Protocol):
 
 
 def to_torch(array: Exporter) -> Any:
-    """Return a torch tensor of the array's memory."""
+    """Return a torch tensor that shares the array's memory."""
     torch, dtype = _import("torch", "torch"), array._dtype
     if not hasattr(torch, dtype.name):
         raise TypeError(f"torch {torch.__version__} has no dtype {dtype.name}; to_numpy() and to_jax() take it")
     on_cpu = array.device == "cpu"
-    if on_cpu and dtype.native:  # sooner than a capsule is made and read
+    if on_cpu and dtype.native:  # faster than making and reading a capsule
         tensor = torch.from_numpy(array._exporter)
     else:
-        # A capsule spares torch what it would ask of a CPU array in Python: half of the time.
+        # A ready capsule spares torch its Python calls on a CPU array: half of the time.
         tensor = torch.from_dlpack(array.__dlpack__() if on_cpu else array)
     if type(tensor) is not torch.Tensor and not has_memory(tensor):
         raise BufferError(
@@ -58,7 +58,7 @@ def to_torch(array: Exporter) -> Any:
 
 
 def to_jax(array: Exporter) -> Any:
-    """Return a JAX array of the array's memory."""
+    """Return a JAX array that shares the array's memory."""
     jax, dtype = _import("jax", "jax"), array._dtype
     canonical = jax.dtypes.canonicalize_dtype(dtype.numpy)
     if canonical != dtype.numpy:
@@ -72,7 +72,7 @@ def to_jax(array: Exporter) -> Any:
 
 
 def to_tensorflow(array: Exporter) -> Any:
-    """Return a TensorFlow tensor of the array's memory; the fill must have finished."""
+    """Return a TensorFlow tensor that shares the array's memory; the fill must have finished."""
     tensorflow = _import("tensorflow", "tensorflow")
     if array._dtype.name.startswith("float8"):
         raise TypeError(
@@ -80,13 +80,13 @@ def to_tensorflow(array: Exporter) -> Any:
             "if TensorFlow has the dtype: tensorflow.constant(x.to_numpy())"
         )
     if array.device != "cpu" and not tensorflow.config.list_physical_devices("GPU"):
-        # TensorFlow would refuse it too, after it has freed the capsule that its owner then frees again.
+        # TensorFlow would refuse it too, but only after freeing the capsule, which its owner then frees again.
         raise BufferError("this TensorFlow can use no GPU; copy the array: tensorflow.constant(x.to_numpy())")
     return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
 def to_cupy(array: Exporter) -> Any:
-    """Return a CuPy array of the array's memory."""
+    """Return a CuPy array that shares the array's memory."""
     if array.device == "cpu":
         raise BufferError(
             "CuPy holds CUDA memory only, and this array is on the CPU; "

@@ -1,4 +1,4 @@
-"""A JAX initializer, for flax and everything that takes those of `jax.nn.initializers`."""
+"""A JAX initializer, for flax and anything else that takes those of `jax.nn.initializers`."""
 
 from __future__ import annotations
 
@@ -26,34 +26,35 @@ try:
 except ImportError:  # JAX before 0.9
     from jax.core import get_opaque_trace_state
 
-try:  # what `jax.device_put` ends in, at a fifth of its cost
+try:  # what `jax.device_put` ends up calling, at a fifth of its cost
     from jaxlib.xla_client import batched_device_put
-except ImportError:  # jaxlib promises to keep nothing
+except ImportError:  # jaxlib does not promise to keep it
     batched_device_put = None
 
 __all__ = ["constant"]
 
 
 class constant:
-    """Initializer that fills an array with a value; drop-in for `jax.nn.initializers.constant`.
+    """Initializer that fills an array with a value; a drop-in for `jax.nn.initializers.constant`.
 
-    On the CPU the array lies in memory that gpuconst filled. While JAX traces, for an `out_sharding` or
-    under a mesh, for a traced or array value, and on other devices, JAX fills: it does that at one copy of
-    memory, and shard by shard. Unlike closures it can be pickled, and two of one value are equal.
+    On the CPU, the array lives in memory that gpuconst filled. While JAX is tracing, for an `out_sharding`
+    or under a mesh, for a traced or array value, and on other devices, JAX itself does the filling: shard
+    by shard, and without a second copy in memory. Unlike JAX's closures, the initializer can be pickled,
+    and two with the same value are equal.
 
     Parameters
     ----------
     value : scalar or array
-        A Python or NumPy scalar is held to gpuconst's value policy: what does not fit the dtype is
-        refused. An array, traced ones among them, is broadcast to the shape by JAX.
+        A Python or NumPy scalar follows gpuconst's value policy: one that does not fit the dtype is
+        refused. An array, traced or not, is broadcast to the shape by JAX.
     dtype : optional
-        For calls without one; by default JAX's default float.
+        The dtype for calls that give none; by default, JAX's default float.
 
     Raises
     ------
     TypeError
-        If the value is no number and no array, when the initializer is made; or does not have the kind of
-        the dtype, when it is called.
+        When the initializer is made, if the value is neither a number nor an array; when it is called,
+        if the value is of the wrong kind for the dtype.
     OverflowError
         When called, if the value does not fit the dtype.
 
@@ -72,7 +73,7 @@ class constant:
 
     def __init__(self, value: Any, dtype: Any = None) -> None:
         if isinstance(value, np.generic | np.ndarray) and is_number(value):
-            value = value.item()  # the dtype of a value does not count
+            value = value.item()  # the dtype of the value is ignored
         if not (_is_scalar(value) or is_array(value)):
             raise TypeError(f"constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         self.value = value
@@ -84,13 +85,13 @@ class constant:
         Parameters
         ----------
         key : optional
-            Not used; JAX's initializers take one.
+            Ignored; JAX's initializers take one.
         shape : sequence of int
             Elements along each dimension.
         dtype : optional
-            By default that of the initializer. 64-bit types become 32-bit ones where JAX has them off.
+            By default, that of the initializer. 64-bit types become 32-bit ones if JAX has them off.
         out_sharding : optional
-            As JAX's own initializers take it.
+            As for JAX's own initializers.
 
         Returns
         -------
@@ -144,18 +145,18 @@ def _is_plain(shape: Any) -> bool:
 
 
 def _row(dtype: Any) -> DType | None:
-    """Return the dtype of an array that JAX makes, if it is one of ours and JAX has nothing to say about it."""
+    """Return the row of the dtype that JAX would give an array, or None if we lack it or JAX would change it."""
     if dtype is None:
         return resolve_dtype(jax.dtypes.result_type(float))
     try:
         row = resolve_dtype(dtype)
     except TypeError:  # int4, random keys
         return None
-    return row if jax.dtypes.canonicalize_dtype(row.numpy) == row.numpy else None  # else it warns
+    return row if jax.dtypes.canonicalize_dtype(row.numpy) == row.numpy else None  # else JAX warns
 
 
 def check_narrowed(value: Any, dtype: Any) -> None:
-    """Hold a value to the type that JAX has instead of a 64-bit one; JAX itself would wrap it."""
+    """Check that a value fits the type that JAX substitutes for a 64-bit one; JAX itself would wrap it."""
     try:
         asked = resolve_dtype(dtype)
     except TypeError:  # int4, random keys
@@ -172,26 +173,26 @@ def check_narrowed(value: Any, dtype: Any) -> None:
 
 
 def cpu_device() -> jax.Device | None:
-    """Return the device on which JAX would make an array now, if it is a CPU and takes the array whole."""
+    """Return the device on which JAX would make an array now, if it is a CPU that gets the whole array; else None."""
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     platform = jax.default_backend() if default is None else getattr(default, "platform", default)
     if platform != "cpu" or _trace_state() != _not_tracing or not jax.sharding.get_abstract_mesh().empty:
         return None
     device = default if isinstance(default, jax.Device) else jax.local_devices(backend="cpu")[0]
-    device.memory_stats()  # JAX lets go of memory that it does not own when it is called next: before more is made
+    device.memory_stats()  # any call, so that JAX releases memory that it does not own before more is made
     return device
 
 
 def as_jax(array: np.ndarray, device: jax.Device) -> jax.Array:
-    """Return a JAX array of the same memory.
+    """Return a JAX array that shares the memory.
 
-    Not through DLPack, which commits an array to its device; JAX's own are free.
+    Not through DLPack, which would commit the array to its device; JAX's own arrays are uncommitted.
     """
     made: jax.Array
     try:
         outline = jax.core.ShapedArray(array.shape, array.dtype)
         made = batched_device_put(outline, jax.sharding.SingleDeviceSharding(device), [array], [device], False)
-    except TypeError:  # it is not there, or takes something else
+    except TypeError:  # it is missing, or takes other arguments
         made = jax.device_put(array, may_alias=True)
     return made
 
@@ -201,7 +202,7 @@ def _trace_state() -> Any:
 
 
 def _trace_state_of_a_new_thread() -> Any:
-    """Return the state of tracing nothing; this module may be imported while JAX traces."""
+    """Return the trace state when nothing is traced; this module may be imported while JAX is tracing."""
     states: list[Any] = []
     thread = threading.Thread(target=lambda: states.append(_trace_state()))
     thread.start()

@@ -38,25 +38,25 @@ FILLED = "weight filled by %s on %s at %#x"
 
 @keras.saving.register_keras_serializable("gpuconst")
 class Constant(keras.initializers.Constant):  # type: ignore[misc]
-    """Initializer that fills a weight with one value, or with given values; drop-in for Keras' own.
+    """Initializer that fills a weight with one value, or with given values; a drop-in for Keras' own.
 
-    On the TensorFlow, JAX and torch backends the weight shares the memory that gpuconst filled, on the
+    On the TensorFlow, JAX and torch backends, the weight lives in memory that gpuconst filled, on the
     device where Keras would have put it, at half the peak memory of ``keras.initializers.Constant``.
-    Where Keras is tracing or has no memory to fill (``jit``, graphs, meta tensors), or gpuconst cannot
-    reach its device, the backend's own ``full`` is used; the latter is said once, as a warning. On the
-    NumPy and OpenVINO backends Keras copies what any initializer returns.
+    The backend's own ``full`` is used where Keras is tracing or there is no memory to fill (``jit``,
+    graphs, meta tensors), or where gpuconst cannot reach the device, which a warning then reports once.
+    On the NumPy and OpenVINO backends, Keras copies what any initializer returns.
 
     Parameters
     ----------
     value : scalar or array-like
-        A scalar is held to gpuconst's value policy: what does not fit the dtype is refused. An array
+        A scalar follows gpuconst's value policy: one that does not fit the dtype is refused. An array
         or tensor is converted by the Keras backend and broadcast to the shape of the weight.
 
     Raises
     ------
     TypeError
-        If the value is no number and no array, when the initializer is made; when it is called, if the
-        value does not have the kind of the dtype, or the shape is not known yet.
+        When the initializer is made, if the value is neither a number nor an array; when it is called,
+        if the value is of the wrong kind for the dtype, or the shape is not known yet.
     OverflowError
         When called, if the value does not fit the dtype.
     ValueError
@@ -75,27 +75,27 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
         super().__init__(value)
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:
-        """Return a tensor of the Keras backend.
+        """Return a tensor of the Keras backend, filled with the value.
 
         Parameters
         ----------
         shape : sequence of int
             Elements along each dimension.
         dtype : str, optional
-            By default ``keras.config.floatx()``.
+            By default, ``keras.config.floatx()``.
         """
         return _constant(self.value, shape, dtype)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's argument as data that JSON can hold."""
         if isinstance(self.value, complex | np.complexfloating):
-            # Keras cannot save a complex number; in this form its own Constant refuses to load it,
+            # Keras cannot save a complex number; in this form, its own Constant refuses to load it
             # instead of taking it for a vector of two.
             return {"value": {"complex": [float(self.value.real), float(self.value.imag)]}}
         if isinstance(self.value, np.generic):
             return {"value": self.value.item()}
         if isinstance(self.value, Sequence):
-            return {"value": list(self.value)}  # of JSON's sequences there is one kind
+            return {"value": list(self.value)}  # JSON has only one kind of sequence
         config: dict[str, Any] = super().get_config()
         return config
 
@@ -117,12 +117,12 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
         if any(
             keras.ops.is_tensor(x) and not isinstance(x, np.ndarray | np.generic) for x in (self.value, other.value)
         ):
-            return False  # they may be traced, with nothing in them yet to compare
+            return False  # they may be traced, and have no values to compare yet
         # The text tells 0.0 from -0.0 and 1 from True, and a nan equals itself.
         return repr(self.get_config()) == repr(other.get_config())
 
     def __hash__(self) -> int:
-        return hash(type(self))  # of the value it would be a search through an embedding matrix
+        return hash(type(self))  # hashing the value could mean reading an embedding matrix
 
     def __repr__(self) -> str:
         return f"gpuconst.Constant({self.value!r})"
@@ -143,7 +143,7 @@ class _Fixed:
 
 @keras.saving.register_keras_serializable("gpuconst")
 class Zeros(_Fixed, keras.initializers.Zeros):  # type: ignore[misc]
-    """Initializer that fills a weight with zeros, as `Constant` fills it."""
+    """Initializer that fills a weight with zeros, in the same way as `Constant`."""
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:
         """Return a tensor of the Keras backend; see `Constant`."""
@@ -152,7 +152,7 @@ class Zeros(_Fixed, keras.initializers.Zeros):  # type: ignore[misc]
 
 @keras.saving.register_keras_serializable("gpuconst")
 class Ones(_Fixed, keras.initializers.Ones):  # type: ignore[misc]
-    """Initializer that fills a weight with ones, as `Constant` fills it."""
+    """Initializer that fills a weight with ones, in the same way as `Constant`."""
 
     def __call__(self, shape: Any, dtype: Any = None) -> Any:
         """Return a tensor of the Keras backend; see `Constant`."""
@@ -165,7 +165,7 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
         return keras.initializers.Constant(value)(shape, dtype)
     is_scalar = is_number(value)
     if is_scalar:
-        encode(value, resolve_dtype(dtype))  # the policy holds in every context, the traced ones too
+        encode(value, resolve_dtype(dtype))  # the policy holds in every context, traced ones included
     lengths = _read_shape(shape)
     if lengths is None:
         return keras.initializers.Constant(value)(shape, dtype)
@@ -180,23 +180,23 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
         else:
             if tensor is not None:
                 return tensor
-    # As a Python number: not every backend's full takes the scalars of NumPy and ml_dtypes for what they are.
-    # As a float where it becomes one: TensorFlow makes no float8 of anything else.
+    # As a Python number: not every backend's full handles NumPy and ml_dtypes scalars correctly.
+    # As a float for float dtypes: TensorFlow makes a float8 of nothing else.
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
     return keras.ops.full(lengths, float(number.real) if "float" in dtype else number, dtype=dtype)
 
 
 def _dynamo_compiles() -> bool:
-    """Whether torch.compile reads this code instead of running it: the value policy is not for its eyes.
+    """Whether torch.compile is tracing this code instead of running it; it must not trace the value policy.
 
-    It reads what is in this file, and runs the rest of gpuconst, `torch_rules.compiling` too.
+    It traces this file and runs the rest of gpuconst, including `torch_rules.compiling`.
     """
     compiler = getattr(sys.modules.get("torch"), "compiler", None)
     return compiler is not None and bool(compiler.is_dynamo_compiling())
 
 
 def _read_shape(shape: Any) -> tuple[int, ...] | None:
-    """Return the shape as ints, or None if it has a length of a graph, which only the backend can read."""
+    """Return the shape as ints, or None if a length is part of a graph, which only the backend can read."""
     lengths = shape if isinstance(shape, tuple | list) else (shape,)
     if any(length is None or isinstance(length, keras.KerasTensor) for length in lengths):
         raise TypeError(
@@ -212,7 +212,7 @@ _warned: set[type[Exception]] = set()
 
 
 def _warn_once(error: Exception) -> None:
-    """Say why the first weight was left to Keras; the next ones only have other numbers in the same message."""
+    """Warn why a first weight was left to Keras; for later ones, only the numbers in the message would differ."""
     if type(error) not in _warned:
         _warned.add(type(error))
         message = f"gpuconst could not fill a weight, Keras' own full does, for this one and the next: {error}"
@@ -220,7 +220,7 @@ def _warn_once(error: Exception) -> None:
 
 
 def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """Return values given as an array, in memory of their own: a weight must not alias its caller's array."""
+    """Return a copy of values given as an array: a weight must not alias its caller's array."""
     given = keras.ops.convert_to_tensor(value, dtype=dtype)
     try:
         fits = np.broadcast_shapes(tuple(given.shape), shape) == shape
@@ -231,15 +231,15 @@ def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:
     return keras.ops.copy(keras.ops.broadcast_to(given, shape))
 
 
-# One function a backend. Each makes an empty scalar the way Keras would, and looks at where it landed:
-# that answers for every scope, default and environment variable which device is meant, which dtype the
-# backend has instead of the asked one, and whether there is memory at all. None means: leave it to Keras.
+# One function per backend. Each makes a scalar the way Keras would, and looks at where it landed: whatever
+# the scopes, defaults and environment variables, that tells which device is meant, which dtype the backend
+# substitutes for the requested one, and whether there is memory at all. None means: leave it to Keras.
 
 
 def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     import tensorflow
 
-    if dtype.startswith("float8"):  # which its DLPack does not take
+    if dtype.startswith("float8"):  # which TensorFlow does not import through DLPack
         return None
     probe = keras.ops.zeros((), dtype=dtype)
     if not hasattr(probe, "numpy"):  # a graph is being built
@@ -248,7 +248,7 @@ def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     if device is None:
         return None
     tensor = _filled(shape, value, probe.dtype.name, device).to_tensorflow()
-    # Host memory is imported to the first of several virtual CPUs; between them nothing is copied.
+    # Host memory is imported to the first of several virtual CPUs; moving it between them copies nothing.
     return tensor if tensor.device == probe.device else tensorflow.identity(tensor)
 
 
@@ -288,7 +288,7 @@ def _make_torch(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     probe = keras.ops.zeros((), dtype=dtype)
     if not has_memory(probe):  # keras.ops.full would read the value back from a meta tensor
         return keras.initializers.Constant(value)(shape, dtype)
-    if probe.is_cuda:  # torch's own allocator: it reserves the card, so another's would compete with it
+    if probe.is_cuda:  # by torch's own allocator: it reserves the card, and another would compete with it
         tensor = fill(torch.empty(shape, dtype=probe.dtype, device=probe.device), value)
         debug(FILLED, select(str(probe.device)).backend, probe.device, tensor.data_ptr())
         return tensor

@@ -1,6 +1,6 @@
 """Debug logging that does not import `logging`.
 
-Where it has not been imported no handler can be listening, and importing it takes a third of the time that
+If it has not been imported, no handler can be listening. Importing it takes a third of the time that
 ``import gpuconst`` takes beyond NumPy and ml_dtypes.
 """
 
@@ -10,14 +10,14 @@ __all__ = ["debug"]
 
 
 def debug(message: str, *arguments: object) -> None:
-    """Log a message of the logger ``gpuconst`` at debug level.
+    """Log a message at debug level, with the logger ``gpuconst``.
 
     Parameters
     ----------
     message : str
-        With a place for each argument, in the manner of ``%``.
+        A ``%``-style format string.
     *arguments
-        What goes there.
+        Its arguments.
     """
     get_logger = getattr(sys.modules.get("logging"), "getLogger", None)
     if get_logger is not None:

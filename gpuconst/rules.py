@@ -1,4 +1,4 @@
-"""Values for named tensors by glob: the first rule that matches a name gives the value."""
+"""Values for named tensors, chosen by glob: the first rule that matches a name gives its value."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["Rules"]
 
 _GLOB = re.compile(r"[*?\[]")
-#: Nearest names that an error shows.
+#: How many of the nearest names an error shows.
 _NEAREST = 3
 
 
@@ -21,13 +21,13 @@ class Rules:
     Parameters
     ----------
     rules : mapping of str to value
-        Keys are globs as of `fnmatch`: ``*`` matches anything, dots included, ``?`` one character and
-        ``[ab]`` one of several; upper and lower case differ.
+        Keys are `fnmatch` globs: ``*`` matches anything, dots included, ``?`` one character and
+        ``[ab]`` one of several. Matching is case-sensitive.
 
     Raises
     ------
     TypeError
-        If it is no mapping, or a key is no string.
+        If `rules` is not a mapping, or a key is not a string.
     """
 
     def __init__(self, rules: Mapping[str, Any]) -> None:
@@ -41,26 +41,26 @@ class Rules:
         self._matches = [re.compile(fnmatch.translate(glob)).match for glob in self.globs]
 
     def first(self, names: Sequence[str]) -> int | None:
-        """Return the index of the first rule that matches any of the names that one tensor has."""
+        """Return the index of the first rule that matches any of one tensor's names, or None."""
         for index, matches in enumerate(self._matches):
             if any(map(matches, names)):
                 return index
         return None
 
     def check_used(self, names: Sequence[str], chosen: Mapping[str, int]) -> None:
-        """Refuse rules without effect, where that can only be a mistake.
+        """Refuse rules that have no effect, where that can only be a mistake.
 
         Parameters
         ----------
         names : sequence of str
-            All that a rule can match.
+            All names that a rule can match.
         chosen : mapping of str to int
-            For each name the index of the rule that its tensor follows.
+            For each name, the index of the rule that its tensor follows.
 
         Raises
         ------
         ValueError
-            If a rule matches no name, or names a tensor in full that follows a rule with another value.
+            If a rule matches no name, or is the full name of a tensor that follows a rule with another value.
         """
         for index, (glob, matches) in enumerate(zip(self.globs, self._matches, strict=True)):
             if not any(map(matches, names)):
@@ -74,7 +74,7 @@ class Rules:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are the same: as text -0.0 is not 0.0, and nan is nan."""
+    """Whether two values are the same, compared as text: -0.0 differs from 0.0, and nan equals nan."""
     return a is b or repr(a) == repr(b)
 
 

@@ -1,4 +1,4 @@
-"""Any stream object, as a handle."""
+"""CUDA streams of any library, as handles."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def stream_handle(stream: Any, place: Place) -> int:
     Returns
     -------
     int
-        0 is the legacy default stream, 1 and 2 CUDA's own names of the legacy and per-thread ones.
+        0 is the legacy default stream; 1 and 2 are CUDA's own numbers for the legacy and per-thread ones.
 
     Raises
     ------
     ValueError
         If `place` is the CPU, which has no streams, or the stream belongs to another device.
     TypeError
-        If the object is no stream.
+        If the object is not a stream.
     RuntimeError
-        If it is None, and a framework is capturing a CUDA graph on another one.
+        If `stream` is None, and a framework is capturing a CUDA graph on another stream.
     """
     if stream is None:
         if place.device != "cpu":
@@ -68,18 +68,18 @@ def consumer_handle(stream: Any) -> int | None:
     Parameters
     ----------
     stream : int, optional
-        As the array API standard numbers CUDA streams: None or 1 the legacy default stream, 2 the
-        per-thread one, -1 no synchronisation, else a handle.
+        Numbered as in the array API standard: None or 1 for the legacy default stream, 2 for the
+        per-thread one, -1 for no synchronisation, else a handle.
 
     Returns
     -------
     int or None
-        None where the consumer wants no synchronisation.
+        None if the consumer wants no synchronisation.
 
     Raises
     ------
     ValueError
-        If it is 0, which the standard leaves ambiguous, or no stream's number.
+        If `stream` is 0, which the standard leaves ambiguous, or is not a stream number.
     """
     if stream is None:
         return 1
@@ -92,19 +92,19 @@ def consumer_handle(stream: Any) -> int | None:
 
 
 def check_captured(handle: int, place: Place) -> None:
-    """Raise if a framework is capturing a CUDA graph that work on another stream would not be part of.
+    """Raise if a framework is capturing a CUDA graph that work on the given stream would not be part of.
 
     Parameters
     ----------
     handle : int
-        Of the stream.
+        Handle of the given stream.
     place : Place
-        Where it is; not the CPU.
+        Where the stream is; not the CPU.
 
     Raises
     ------
     RuntimeError
-        If the current stream of torch or CuPy is another one, and is being captured.
+        If the current stream of torch or CuPy is another one and is being captured.
     """
     for theirs, name in _may_be_captured(place.ordinal):
         if theirs != handle and theirs and cuda_driver.is_capturing(place.ordinal, theirs):
@@ -115,29 +115,29 @@ def check_captured(handle: int, place: Place) -> None:
 
 
 def _may_be_captured(ordinal: int) -> Iterator[tuple[int, str]]:
-    """Give the current stream of each framework, and what it is called, unless it is known not to be captured."""
-    # Of a module that is being imported there may be no parts.
+    """Yield the current stream of each framework, and its name, unless it is known not to be captured."""
+    # A module that is still being imported may lack its parts.
     torch, cupy = (getattr(sys.modules.get(name), "cuda", None) for name in ("torch", "cupy"))
     if torch is not None and torch.is_initialized():
-        asked = torch.current_device() == ordinal  # of other devices it says nothing
+        asked = torch.current_device() == ordinal  # is_current_stream_capturing() knows no other device
         if not asked or torch.is_current_stream_capturing():
             yield torch.current_stream(ordinal).cuda_stream, "torch.cuda.current_stream()"
     if cupy is not None:
         current = 0
-        with contextlib.suppress(Exception):  # it can be there and not work
+        with contextlib.suppress(Exception):  # CuPy can be imported and still not work
             current = cupy.get_current_stream(ordinal).ptr
         yield current, "cupy.cuda.get_current_stream()"
 
 
 def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
-    """Return the handles of the streams on which the frameworks of some arrays work at the moment.
+    """Return the handles of the current streams of the frameworks that some arrays belong to.
 
     Parameters
     ----------
     kinds : iterable of type
-        Of the arrays.
+        Types of the arrays.
     ordinal : int
-        Of the GPU.
+        Index of the GPU.
 
     Returns
     -------
@@ -151,5 +151,5 @@ def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
         handles.append(int(torch.cuda.current_stream(ordinal).cuda_stream))
     if cupy is not None and any(issubclass(kind, array) for kind in kinds):
         current = cupy.cuda.get_current_stream(ordinal)
-        handles.append(Handle(current.ptr, current))  # which CuPy destroys with its object
+        handles.append(Handle(current.ptr, current))  # CuPy destroys the stream with its object
     return handles

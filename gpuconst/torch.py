@@ -36,24 +36,25 @@ M = TypeVar("M", bound=torch.nn.Module)
 def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> M:
     """Give every parameter and buffer of a module its value, and memory where it has none.
 
-    Rules, values and what can be written are checked before anything is. What is on the meta device
-    gets memory of its own, which joins the module when all of it has its values: a tensor under several
-    names stays one tensor, and types, attributes, hooks, ``requires_grad`` and the persistence of buffers stay.
-    What has memory is filled in place. Constants take one launch per device.
+    Rules, values and whether each tensor can be written are checked before anything is written. Tensors
+    on the meta device get memory of their own, which joins the module once all of it has its values. A
+    tensor under several names stays one tensor; types, attributes, hooks, ``requires_grad`` and the
+    persistence of buffers are kept. Tensors in real memory are filled in place. Constants take one launch
+    per device.
 
     Parameters
     ----------
     module : torch.nn.Module
-        Whole or in part on the meta device, or in real memory. Of DTensors, those of FSDP2 among them,
-        the local shards are filled.
+        On the meta device, in real memory, or partly in each. Of DTensors, including those of FSDP2, the
+        local shards are filled.
     rules : mapping of str to scalar, bytes or callable
-        For globs on the qualified names of parameters and buffers (``*`` matches dots too): a value as
-        for `full`, or a function that initialises a tensor in place, such as those of `torch.nn.init`.
-        The first rule that matches wins, of a tied tensor under any of its names. Functions run under
-        ``torch.no_grad()``, in the order of the module. A parametrized or weight-normed weight is set by
-        its own name, through its originals, or they are by theirs.
+        Globs on the qualified names of parameters and buffers (``*`` matches dots too), each with a value
+        as for `full`, or a function that initialises a tensor in place, such as those of `torch.nn.init`.
+        The first rule that matches wins; a tied tensor matches under any of its names. Functions run under
+        ``torch.no_grad()``, in the order of the module. A parametrized or weight-normed weight can be set
+        by its own name, which sets its originals to match, or through the names of its originals.
     device : optional
-        Where to get memory; by default on torch's default device, for a DTensor on its mesh's.
+        Where to allocate memory; by default, torch's default device, or the mesh's device for a DTensor.
 
     Returns
     -------
@@ -63,12 +64,12 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
     Raises
     ------
     ValueError
-        If a tensor is covered by no rule, a rule matches nothing, a parametrization cannot give its
-        weight the value, a tensor in real memory is not on `device`, or a tensor without memory cannot
-        get it.
+        If no rule covers a tensor, a rule matches nothing or has no effect, a parametrization cannot give
+        its weight the value, a tensor in real memory is not on `device`, or a tensor without memory cannot
+        be given any.
     TypeError
-        If a value is of another kind than the dtype, a tensor cannot be written, or a Keras layer is on the
-        meta device: its variables would keep the tensors without memory.
+        If a value is of the wrong kind for the dtype, a tensor cannot be written, or a Keras layer is on
+        the meta device: its variables would keep the tensors without memory.
     OverflowError
         If a value does not fit the dtype.
     DeviceUnavailableError
@@ -78,8 +79,8 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
 
     Notes
     -----
-    What a function raises passes through. A module on the meta device is then as it was; in real memory,
-    what functions wrote before it stays written.
+    An exception raised by a function propagates. A module on the meta device is then unchanged; in real
+    memory, whatever functions wrote before it stays written.
 
     Examples
     --------
@@ -113,7 +114,7 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         for weight in ruled:
             weight.check()
         originals = [weight.originals(homes) for weight in ruled if not callable(weight.value)]
-        computed: dict[int, list[_Weight]] = {}  # by functions, whose turn is that of the first original
+        computed: dict[int, list[_Weight]] = {}  # by functions, whose turn comes with the first original
         for weight in ruled:
             if callable(weight.value):
                 computed.setdefault(id(weight.tensors[0]), []).append(weight)
@@ -160,7 +161,7 @@ class _Homes:
 
 
 class _Named:
-    """What rules are about: something with names, and the rule that it follows."""
+    """Something that rules apply to: its names, and the rule that it follows."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -173,7 +174,7 @@ class _Named:
 
     @property
     def said(self) -> str:
-        """Which tensor and rule it is, for messages."""
+        """The name and the rule, for messages."""
         return f"{self.names[0]!r}, by the rule {self._glob!r}"
 
 
@@ -189,7 +190,7 @@ class _Tensor(_Named):
         self.element: bytes | None = None  # of a constant
 
     def check(self, device: torch.device | None) -> None:
-        """Raise what filling it would, and where it is not on the device that was given."""
+        """Raise what filling it would raise, and also if it is not on the given device."""
         if self.has_memory and device is not None and local_part(self.tensor).device != device:
             raise ValueError(
                 f"{self.names[0]!r} is in real memory on {local_part(self.tensor).device}, and device={str(device)!r} "
@@ -202,7 +203,7 @@ class _Tensor(_Named):
                     writable_view(self.tensor)
 
     def take(self, new: torch.Tensor) -> None:
-        """Have memory, which becomes what the tensor was."""
+        """Adopt a tensor with memory, and make it what the old one was."""
         old = self.tensor
         if type(old) is torch.Tensor or is_dtensor(old):
             new.requires_grad_(old.requires_grad)
@@ -220,7 +221,7 @@ class _Tensor(_Named):
 
 
 class _Weight(_Named):
-    """A weight that is computed from others, and has a name of its own nevertheless."""
+    """A weight that is computed from other tensors, and yet has a name of its own."""
 
     def __init__(self, computed: Computed, tensors: list[_Tensor]) -> None:
         super().__init__()
@@ -233,14 +234,14 @@ class _Weight(_Named):
         return _Said(self, f"; drop the rule, or put rules for {names} before it")
 
     def check(self) -> None:
-        """Raise where the weight cannot be set through its originals, whatever its value."""
+        """Raise if the weight cannot be set through its originals, whatever its value."""
         with self._about:
             if any(is_dtensor(tensor.tensor) for tensor in self.tensors):
                 raise ValueError("a sharded weight is not set through its originals")
             self.computed.outline()
 
     def originals(self, homes: _Homes) -> list[tuple[_Tensor, torch.Tensor]]:
-        """Return what to put into the originals, so that the weight is what its rule says."""
+        """Return the values for the originals that make the weight what its rule says."""
         first = self.tensors[0]
         where = first.tensor.device if first.has_memory else homes.of(first.tensor)
         weight = torch.empty_like(self.computed.outline(), device=where)
@@ -253,7 +254,7 @@ class _Weight(_Named):
 
 
 class _Said:
-    """Adds the tensor and the rule to errors; a class, because a generator as context manager takes longer."""
+    """Adds the name and the rule to errors; a class, because a generator as context manager is slower."""
 
     def __init__(self, named: _Named, way_out: str = "") -> None:
         self._named, self._way_out = named, way_out
@@ -287,7 +288,7 @@ def _survey(parts: Sequence[tuple[str, torch.nn.Module]]) -> tuple[list[_Tensor]
 
 
 def _choose(rules: Rules, tensors: Sequence[_Tensor], weights: Sequence[_Weight]) -> None:
-    """Give each its rule, and refuse tensors without a rule, and rules without a tensor."""
+    """Give each tensor and weight its rule; refuse tensors without a rule, and rules without a tensor."""
     chosen: dict[str, int] = {}
     for tensor in tensors:
         rule = rules.first(tensor.names)
@@ -313,7 +314,7 @@ def _choose(rules: Rules, tensors: Sequence[_Tensor], weights: Sequence[_Weight]
 
 
 def _check_tensors(tensors: Sequence[_Tensor]) -> None:
-    """Refuse what cannot get memory of its own."""
+    """Refuse tensors that cannot be given memory of their own."""
     owners: dict[int, str] = {}
     for found in tensors:
         if found.has_memory:
@@ -337,7 +338,7 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
 
 
 def _check_keras(parts: Sequence[tuple[str, torch.nn.Module]]) -> None:
-    """Refuse Keras layers without memory: torch knows their tensors, but their variables have them too."""
+    """Refuse Keras layers without memory: their variables hold the tensors too, out of torch's sight."""
     layer = getattr(sys.modules.get("keras"), "Layer", ())
     for name, part in parts:
         if isinstance(part, layer) and not all(map(has_memory, part.parameters())):
@@ -348,7 +349,7 @@ def _check_keras(parts: Sequence[tuple[str, torch.nn.Module]]) -> None:
 
 
 def _make(tensors: Sequence[_Tensor], homes: _Homes) -> list[_Tensor]:
-    """Give tensors memory, on the CPU with their values; return the constants that are still without."""
+    """Give tensors memory, filled already if on the CPU; return those still to be filled with constants."""
     unfilled: list[_Tensor] = []
     hosted: list[_Tensor] = []
     specs: list[HostTensor] = []
@@ -367,7 +368,7 @@ def _make(tensors: Sequence[_Tensor], homes: _Homes) -> list[_Tensor]:
 
 
 def _row(tensor: torch.Tensor) -> DType | None:
-    """Return the dtype of a tensor that is one plain stretch of memory."""
+    """Return the dtype of a tensor if it is one plain stretch of memory; else None."""
     if is_dtensor(tensor) or not tensor.is_contiguous():
         return None
     try:
@@ -389,10 +390,10 @@ def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, s
 
 
 def _resolved(device: Any) -> torch.device:
-    """Return a device with its index; one that has memory."""
+    """Return a device with its index; refuse one without memory."""
     try:
         probe = torch.empty(0, device=torch.device(device))
-    except (AssertionError, RuntimeError) as error:  # of a build without CUDA; of a device that is not there
+    except (AssertionError, RuntimeError) as error:  # a build without CUDA; a device that does not exist
         reason = first_line(error).partition(". ")[0]
         raise DeviceUnavailableError(f"torch cannot use device {str(device)!r}: {reason}") from error
     if not has_memory(probe):
@@ -401,7 +402,7 @@ def _resolved(device: Any) -> torch.device:
 
 
 def _reshard(module: torch.nn.Module) -> None:
-    """Have FSDP2 register its shards: what is written to gathered parameters is lost."""
+    """Have FSDP2 register its shards: writes to gathered parameters would be lost."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None:
         for part in module.modules():

@@ -1,6 +1,6 @@
-"""The way out of torch.compile, which must not read code that writes to raw addresses.
+"""The way out of torch.compile, which must not trace code that writes to raw addresses.
 
-Imported when torch.compile first meets such code.
+Imported when torch.compile first encounters such code.
 """
 
 import pkgutil
@@ -16,8 +16,8 @@ __all__ = ["eagerly"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Between its graphs torch.compile goes on to read what is called there, down to the kernels; files on its
-# list are run. The Keras initializers stay off it: they have something for it to read.
+# Between its graphs, torch.compile still traces what is called there, down to the kernels, except in files
+# on its skip list, which it runs. The Keras initializers stay off that list: they have code for it to trace.
 _here = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)], "gpuconst.")]
 for _name in [*_here, "gpuconst.kernels"]:
     if _name != "gpuconst.keras":

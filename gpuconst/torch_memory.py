@@ -1,4 +1,4 @@
-"""Host memory for the tensors of a torch module: filled as it is made, and each tensor's own."""
+"""Host memory for the tensors of a torch module: filled as it is allocated, and owned by each tensor."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class HostTensor(NamedTuple):
     shape : tuple of int
         Elements along each dimension.
     dtype : torch.dtype
-        What torch calls `row`.
+        The torch dtype that `row` is.
     row : DType
-        Of the elements.
+        Dtype of the elements.
     element : bytes or None
         What to fill it with; None leaves it uninitialised.
     """
@@ -39,9 +39,9 @@ class HostTensor(NamedTuple):
 
 
 def host_tensors(specs: Sequence[HostTensor]) -> list[torch.Tensor]:
-    """Return new tensors, each of which owns its memory: gpuconst's, whose huge pages halve the first touch.
+    """Return new tensors, each owning memory from gpuconst, whose huge pages halve the time of the first touch.
 
-    Large ones are filled by two threads, as a single array is.
+    Large ones are filled by two threads, as a single large array is.
 
     Parameters
     ----------

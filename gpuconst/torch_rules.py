@@ -1,7 +1,7 @@
-"""What torch asks of those who write into its memory behind its back.
+"""The rules for writing into torch's memory behind its back.
 
-A write through a raw pointer skips autograd: without these rules a backward pass would silently use
-the overwritten values, where `torch.Tensor.fill_` raises.
+A write through a raw pointer bypasses autograd: without these rules, a backward pass would silently use
+the overwritten values, where after `torch.Tensor.fill_` it raises.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ __all__ = [
 
 
 def is_tensor(x: Any) -> bool:
-    """Whether an object is a torch tensor, asked without importing torch."""
-    return isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))  # none while another thread imports torch
+    """Whether an object is a torch tensor; does not import torch."""
+    return isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ()))  # missing while another thread imports torch
 
 
 def compiling() -> bool:
-    """Whether torch.compile reads the caller's code instead of running it."""
+    """Whether torch.compile is tracing the caller's code instead of running it."""
     compiler = getattr(sys.modules.get("torch"), "compiler", None)
     return compiler is not None and compiler.is_dynamo_compiling()
 
 
 def check_eager() -> None:
-    """Raise where torch records operations into a graph, from which a raw write would be missing.
+    """Raise if torch is recording operations into a graph, from which a raw write would be missing.
 
     Raises
     ------
     RuntimeError
-        Under `torch.export`, `make_fx`, `torch.jit.trace`, and what builds on them.
+        Under `torch.export`, `make_fx`, `torch.jit.trace`, and anything built on them.
     """
     tracing = sys.modules["torch"].jit.is_tracing()
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
@@ -74,7 +74,7 @@ def tensor_positions(arrays: Sequence[Any]) -> Sequence[int]:
 
 
 def has_memory(tensor: Any) -> bool:
-    """Whether there is anything to write: meta and fake tensors only have a shape."""
+    """Whether a tensor has memory to write to: meta and fake tensors only have a shape."""
     if type(tensor) in _plain_types():
         return not tensor.is_meta
     tensor = local_part(tensor)
@@ -84,32 +84,32 @@ def has_memory(tensor: Any) -> bool:
 
 @functools.cache
 def _plain_types() -> frozenset[type]:
-    """Return the types of which an object's memory is its own; asked only where there are tensors."""
-    torch = sys.modules["torch"]  # imported, since there are tensors; looking it up is all that it costs
+    """Return the types of tensors that hold their memory themselves; called only if there are tensors."""
+    torch = sys.modules["torch"]  # already imported, since there are tensors
 
     return frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 def are_plain(arrays: Sequence[Any]) -> bool:
-    """Whether all are tensors whose memory is their own; asked only where torch is imported."""
+    """Whether all are tensors that hold their memory themselves; called only if torch is imported."""
     return _plain_types().issuperset(map(type, arrays))
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, asked without importing what makes them."""
+    """Whether a tensor is a DTensor; does not import the module that makes them."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def local_part(tensor: Any) -> Any:
-    """Return the plain tensor that holds this process's part of a DTensor, other tensors as they are."""
+    """Return the plain tensor that holds this process's part of a DTensor; return other tensors as they are."""
     if type(tensor) in _plain_types() or not is_dtensor(tensor):
         return tensor
     return tensor._local_tensor  # to_local() would put it on autograd's tape
 
 
 def keeps_data_elsewhere(tensor: Any) -> bool:
-    """Whether a tensor is of a subclass whose data is in other tensors; a DTensor is."""
+    """Whether a tensor is of a subclass that keeps its data in other tensors, as a DTensor does."""
     return type(tensor).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__
 
 
@@ -127,9 +127,10 @@ def check_writable(tensor: Any) -> None:
         If autograd is recording and the tensor requires grad, it has a forward-mode tangent, or it is
         an inference tensor outside of inference mode.
     ValueError
-        If it is a lazily negated or conjugated view, in which the constant would read back changed.
+        If it has no shape yet, or is a lazily negated or conjugated view, in which the constant would read
+        back changed.
     TypeError
-        If it is no dense tensor, or of a subclass that keeps its data elsewhere.
+        If it is not a dense tensor, or is of a subclass that keeps its data elsewhere.
     """
     torch = sys.modules["torch"]
 
@@ -160,10 +161,10 @@ def check_writable(tensor: Any) -> None:
 
 
 def stretch(tensor: Any) -> tuple[int, int, Any] | None:
-    """Return address, bytes and dtype of a CPU tensor that is one stretch of memory and may be written.
+    """Return the address, bytes and dtype of a CPU tensor that is one stretch of memory and may be written.
 
-    None for every other tensor: `check_writable` and a look at its strides say what it is. Asked first,
-    because it takes a third of their time.
+    Return None for any other tensor, which `check_writable` and a look at its strides then deal with. Called
+    before them, because it takes a third of their time.
 
     Parameters
     ----------
@@ -176,7 +177,7 @@ def stretch(tensor: Any) -> tuple[int, int, Any] | None:
         return None
     try:
         address = tensor.data_ptr()
-    except RuntimeError:  # sparse, transformed: one that has no memory of its own
+    except RuntimeError:  # a sparse or transformed tensor has no memory of its own
         return None
     if not address or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
         return None
@@ -191,19 +192,20 @@ def stretch(tensor: Any) -> tuple[int, int, Any] | None:
 
 
 def mark_stretch_written(tensor: Any) -> None:
-    """Do what `mark_written` does, for a tensor that `stretch` knows."""
+    """Do what `mark_written` does, for a tensor that `stretch` accepts."""
     sys.modules["torch"].autograd.graph.increment_version(tensor)
 
 
 def restricted(arrays: Sequence[Any]) -> list[int]:
-    """Return where a tensor is that `check_writable` refuses while autograd records, and one outside of inference mode.
+    """Return the index of a tensor that requires grad, and that of an inference tensor, where there are any.
 
-    They stand for all others of their kind, where asking each would cost more than filling it.
+    `check_writable` refuses the first while autograd records, and the second outside of inference mode. They
+    stand for all others of their kind: checking each would cost more than filling it.
 
     Parameters
     ----------
     arrays : sequence of array
-        In which there may be no tensor of either kind.
+        There may be no tensor of either kind among them.
     """
     tensors = [(position, arrays[position]) for position in tensor_positions(arrays)]
     leaf = (position for position, x in tensors if x.requires_grad and has_memory(x))
@@ -212,12 +214,12 @@ def restricted(arrays: Sequence[Any]) -> list[int]:
 
 
 def storages(tensors: Sequence[Any]) -> list[Any]:
-    """Return the storage of each tensor, which keeps its memory when the tensor is given other memory.
+    """Return the storage of each tensor, which keeps the memory alive if the tensor is given other memory.
 
     Parameters
     ----------
     tensors : sequence of torch.Tensor
-        Of those that `check_writable` lets pass, or without memory.
+        Tensors that `check_writable` accepts, or that have no memory.
     """
     if not tensors:
         return []
@@ -226,17 +228,17 @@ def storages(tensors: Sequence[Any]) -> list[Any]:
 
 
 class Columns(NamedTuple):
-    """What there is to know of many arrays, a column a fact.
+    """Facts about many arrays, one column per fact.
 
     Attributes
     ----------
     plain : numpy.ndarray of bool
-        Which arrays are dense, contiguous, on the CPU or CUDA, and may be written; only of those is the
-        rest true.
+        Which arrays are dense, contiguous, on the CPU or CUDA, and may be written; the other columns hold
+        for these only.
     addresses, nbytes, devices : numpy.ndarray of int
-        Where each is and how long; -1 for the CPU, else the index of the GPU.
+        The address, the bytes and the device of each: -1 for the CPU, else the index of the GPU.
     dtypes : list
-        Of each, as its own library has it.
+        The dtype of each, as an object of its own library.
     """
 
     plain: np.ndarray
@@ -247,10 +249,10 @@ class Columns(NamedTuple):
 
 
 def columns(tensors: Sequence[Any]) -> Columns:
-    """Read many tensors at once, by what `check_writable` and a look at each would find.
+    """Read many tensors at once, and find what `check_writable` and a look at each would find.
 
-    Reading a fact of many tensors in C before the next fact costs a tenth of a microsecond for each, a
-    call of our own for each tensor several of them. So many at a time as the cache holds.
+    Reading one fact of many tensors in C before the next fact costs a tenth of a microsecond per tensor; a
+    call of our own for each tensor costs several times that. As many are read at a time as the cache holds.
 
     Parameters
     ----------
@@ -286,7 +288,7 @@ def _columns(tensors: Sequence[Any]) -> Columns:
         return np.fromiter(map(fact, tensors), dtype, count)
 
     def true(fact: Callable[[Any], bool]) -> np.ndarray | bool:
-        return all(map(fact, tensors)) or read(fact)  # of most facts all tensors say the same
+        return all(map(fact, tensors)) or read(fact)  # for most facts, all tensors agree
 
     def false(fact: Callable[[Any], bool]) -> np.ndarray | bool:
         return not any(map(fact, tensors)) or ~read(fact)
@@ -295,7 +297,7 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     if ordinary:
         try:
             addresses = read(tensor_type.data_ptr, np.uint64)
-        except RuntimeError:  # sparse, transformed: one that has no memory of its own
+        except RuntimeError:  # a sparse or transformed tensor has no memory of its own
             ordinary = False
     if not ordinary:
         nothing = np.zeros(count, np.int64)
@@ -330,12 +332,12 @@ def _columns(tensors: Sequence[Any]) -> Columns:
 
 
 def mark_written(tensors: Sequence[Any]) -> None:
-    """Tell autograd that tensors were written in place, so that a backward that needs the old values raises.
+    """Tell autograd that tensors were written in place, so that a backward pass that needs the old values raises.
 
     Parameters
     ----------
     tensors : sequence of torch.Tensor
-        Inference tensors among them, which have no version, are passed over.
+        Inference tensors among them, which have no version, are skipped.
     """
     if not are_plain(tensors):
         tensors = [*tensors, *map(local_part, tensors)]

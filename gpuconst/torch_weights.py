@@ -27,7 +27,7 @@ class Computed(NamedTuple):
     compute : callable
         Takes the originals and returns the weight.
     invert : callable
-        Takes a weight and returns originals of it; NotImplementedError where there is no inverse.
+        Takes a weight and returns originals of it; raises NotImplementedError if there is no inverse.
     own : list of str
         Names of further tensors that the weight depends on.
     kind : str
@@ -58,12 +58,12 @@ class Computed(NamedTuple):
         return self.compute(*[torch.empty_like(original, device="meta") for original in self.originals()])
 
     def originals_of(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return originals from which a given weight is computed.
+        """Return originals from which the given weight would be computed.
 
         Raises
         ------
         ValueError
-            If there are none, or they cannot be told.
+            If there are none, or they cannot be found.
         """
         try:
             originals = self.invert(weight)
@@ -72,7 +72,7 @@ class Computed(NamedTuple):
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.kind} does not take the value: {error}") from error
         back = self.compute(*originals)
-        # Half of the digits: what a sum over a long row may lose.
+        # Half of the digits: as many as a sum over a long row may lose.
         tolerance = torch.finfo(weight.dtype).eps ** 0.5 * float(weight.abs().max()) if weight.numel() else 0.0
         if not torch.allclose(back, weight, rtol=0.0, atol=tolerance):
             at = int((back - weight).abs().nan_to_num(torch.inf).argmax())
@@ -84,7 +84,7 @@ class Computed(NamedTuple):
 
 
 def computed_weights(owner: torch.nn.Module) -> Iterator[Computed]:
-    """Return the weights that a module, its children aside, computes from others."""
+    """Yield the weights that a module itself, apart from its children, computes from other tensors."""
     if "parametrizations" in owner._modules and is_parametrized(owner):
         for name, parametrizations in owner.parametrizations.items():  # type: ignore[union-attr, operator]
             yield _parametrized(name, parametrizations)
@@ -136,9 +136,9 @@ def _parametrized(name: str, parametrizations: ParametrizationList) -> Computed:
 
 
 def refresh(owner: torch.nn.Module) -> None:
-    """Compute anew what hooks keep beside the originals: the older weight and spectral norm, and pruning."""
+    """Recompute what hooks keep beside the originals: the older weight and spectral norm, and pruning."""
     for hook in owner._forward_pre_hooks.values():
-        if isinstance(hook, SpectralNorm):  # called, it would go on with its power iteration
+        if isinstance(hook, SpectralNorm):  # calling it would continue its power iteration
             setattr(owner, hook.name, hook.compute_weight(owner, do_power_iteration=False))
         elif isinstance(hook, WeightNorm | BasePruningMethod):
             hook(owner, None)

@@ -1,7 +1,7 @@
-"""The one value policy: which values an element of a dtype can hold, and its bytes.
+"""The one value policy: which values an element of a dtype can hold, and as which bytes.
 
-Everything here runs on the host and before anything is allocated, so that a value means the same on
-every device and in every framework, and a wrong one costs nothing.
+Everything here runs on the host, before anything is allocated, so that a value means the same on every
+device and in every framework, and a wrong one costs nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["check_shape", "default_dtype", "encode", "encode_each", "is_array", 
 _MAX_BYTES = 2**63 - 1
 _MAX_NDIM = 64  # NumPy's limit
 
-# How `struct` names a value of a Python type in a dtype. One C call packs and range-checks; what it
+# The `struct` code for a value of a Python type in a dtype. One C call packs and range-checks; what it
 # refuses takes the long way to a good message.
 _CODES: dict[tuple[type, DType], str] = {
     **{(float, DTYPES[name]): code for name, code in [("float32", "f"), ("float64", "d")]},
@@ -49,7 +49,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
     Parameters
     ----------
     shape : int or sequence of int
-        The asked shape; anything with ``__index__`` counts as an int, bools do not.
+        The requested shape; anything with ``__index__`` counts as an int, except bools.
     itemsize : int
         Bytes in one element.
 
@@ -58,12 +58,12 @@ def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
     dims : tuple of int
         The shape.
     nbytes : int
-        Of all elements.
+        Bytes of all elements.
 
     Raises
     ------
     TypeError
-        If it is no int and no sequence of ints.
+        If `shape` is neither an int nor a sequence of ints.
     ValueError
         If a dimension is negative, or there are more than 64.
     OverflowError
@@ -88,7 +88,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
         raise ValueError(f"a shape has at most {_MAX_NDIM} dimensions, not {len(dims)}")
     if math.prod(length for length in dims if length) * itemsize > _MAX_BYTES:
         said = "has"
-        if 0 in dims:  # held to the same limit, as NumPy does: strides must stay representable
+        if 0 in dims:  # under the same limit, as in NumPy: strides must stay representable
             said = "holds nothing, but its other dimensions would have"
         raise OverflowError(f"shape {dims} with {itemsize}-byte elements {said} more than 2**63 - 1 bytes")
     return dims, math.prod(dims) * itemsize
@@ -97,7 +97,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
 def _dimensions(shape: Any) -> tuple[int, ...]:
     if _is_bool(shape) or isinstance(shape, str | bytes | Mapping | Set):
         raise TypeError(f"a shape is an int or a sequence of ints, not {brief(shape)}")
-    if not getattr(shape, "ndim", 0):  # a tensor of one element has an index, whatever it is
+    if not getattr(shape, "ndim", 0):  # a one-element tensor has an index, whatever its dimensions
         try:
             return (operator.index(shape),)
         except TypeError:
@@ -114,23 +114,23 @@ def _dimension(length: Any, shape: Any) -> int:
         try:
             return operator.index(length)
         except TypeError as error:
-            if type(error) is not TypeError:  # JAX's own says best what is wrong with a traced length
+            if type(error) is not TypeError:  # JAX's own error says best what is wrong with a traced length
                 raise
     raise TypeError(f"a dimension of a shape is an int, not {brief(length)} (in {brief(shape)})")
 
 
 def _is_bool(value: Any) -> bool:
-    """Whether a value is a bool, NumPy's and a tensor of one too, each of which has an ``__index__``."""
+    """Whether a value is a bool, including NumPy's and 0-d bool tensors; most of these have an ``__index__``."""
     if isinstance(value, bool | np.bool_):
         return True
     return getattr(value, "ndim", None) == 0 and str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
 
 
 def default_dtype(value: Any) -> DType:
-    """Return the dtype that a value has when none is given.
+    """Return the dtype that a value gets when none is given.
 
-    bool gives bool, int int64, float float32, complex complex64; a NumPy scalar counts as its Python
-    kind.
+    bool gives bool, int gives int64, float gives float32 and complex gives complex64; a NumPy scalar
+    counts as its Python kind.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def default_dtype(value: Any) -> DType:
     Raises
     ------
     TypeError
-        If the value is no such scalar, or is ``bytes``, which says nothing about its dtype.
+        If the value is not such a scalar, or is ``bytes``, which say nothing about their dtype.
     OverflowError
         If an int does not fit int64.
     """
@@ -190,7 +190,7 @@ def encode(value: Any, dtype: DType) -> bytes:
     OverflowError
         If the value does not fit the dtype.
     TypeError
-        If the value is of another kind: a fraction into an int, complex into a real, no number.
+        If the value is not a number or is of the wrong kind: a fraction for an int, complex for a real.
     ValueError
         If ``bytes`` are not ``dtype.itemsize`` long.
     """
@@ -215,10 +215,10 @@ def encode(value: Any, dtype: DType) -> bytes:
 
 
 def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
-    """Return what `encode` returns for each of many values, one after the other.
+    """Return what `encode` returns for each of many values, concatenated.
 
-    Values of one type are encoded together: in a tenth of the time, and for the dtypes that Python
-    itself cannot pack in a hundredth.
+    Values of one type are encoded together, in a tenth of the time; for dtypes that Python itself
+    cannot pack, in a hundredth.
 
     Parameters
     ----------
@@ -230,12 +230,12 @@ def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
     Returns
     -------
     bytes
-        ``len(values) * dtype.itemsize`` of them.
+        ``len(values) * dtype.itemsize`` bytes.
 
     Raises
     ------
     OverflowError, TypeError, ValueError
-        As `encode` for the first value that it refuses.
+        As for `encode`, for the first value that it refuses.
     """
     kinds = set(map(type, values))
     kind = kinds.pop() if len(kinds) == 1 else None
@@ -256,14 +256,14 @@ def encode_each(values: Sequence[Any], dtype: DType) -> bytes:
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is an array of numbers, of any library; only NumPy's are looked into."""
+    """Whether a value is an array of numbers, of any library; only NumPy's are examined."""
     if isinstance(value, np.ndarray):
         return (value.dtype.kind in "biufc" or value.dtype in _ML_DTYPES) and not np.any(getattr(value, "mask", False))
     return hasattr(value, "shape") and not isinstance(value, np.generic | memoryview)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is of a kind that `encode` takes, ``bytes`` apart."""
+    """Whether a value is of a kind that `encode` takes, other than ``bytes``."""
     try:
         _number(value)
     except TypeError:
@@ -318,7 +318,7 @@ def _shown(number: int | float | complex) -> str:
 
 
 def _is_beyond_all(number: int | float | complex) -> bool:
-    """Whether a number is too large for every dtype there is."""
+    """Whether a number is too large for every dtype."""
     return isinstance(number, int) and abs(number) > sys.float_info.max
 
 
@@ -367,7 +367,7 @@ def _encode_inexact(number: int | float | complex, dtype: DType) -> bytes:
     kept = complex(rounded)
     if not (_survives(given.real, kept.real) and _survives(given.imag, kept.imag)):
         raise _does_not_fit(number, dtype)
-    if dtype.name == "float8_e8m0fnu" and given.real < _E8M0_SMALLEST:  # casts round up to it, zero too
+    if dtype.name == "float8_e8m0fnu" and given.real < _E8M0_SMALLEST:  # casts round up to it, even zero
         raise _does_not_fit(number, dtype)
     return rounded.tobytes()
 

@@ -1,4 +1,4 @@
-"""Foreign arrays as addresses and integers: whatever the library, whatever the protocol.
+"""Foreign arrays as addresses and integers, whatever their library and protocol.
 
 Frameworks are recognised among the modules already imported; none is imported to look at an object.
 """
@@ -25,7 +25,7 @@ from .torch_rules import Columns, are_plain, has_memory, is_tensor, local_part
 __all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory", "view_of"]
 
 _CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
-#: What NumPy tries, to find out whether strided arrays intersect: hundredths of a second.
+#: How much work NumPy does to find out whether strided arrays intersect: hundredths of a second.
 _MAX_WORK = 1_000_000
 _READ_ONLY = "it is read-only; fill a copy of it"
 
@@ -39,18 +39,18 @@ class View(NamedTuple):
         Of the element at index (0, 0, …).
     shape, strides : tuple of int
         Elements along each dimension, and bytes from one to the next. They describe the memory, not the
-        array: what is contiguous may have fewer dimensions here.
+        array: a contiguous array may have fewer dimensions here.
     dtype : DType
-        Of the elements.
+        The dtype of the elements.
     device : str
         ``"cpu"`` or ``"cuda:N"``.
     owner : object
-        Keeps the memory alive.
+        Object that keeps the memory alive.
     read_only : str or None
         Why it must not be written, or None.
     stream : int or None
-        Handle of the CUDA stream that orders work on it; None where that is the current one of its framework,
-        where nothing does, and on the CPU.
+        Handle of the CUDA stream that orders work on the memory; None if that is the current stream of its
+        framework, if there is no such stream, and on the CPU.
     """
 
     address: int
@@ -64,7 +64,7 @@ class View(NamedTuple):
 
 
 def view_of(x: Any) -> View:
-    """Look at the memory of an array-like object, copying nothing.
+    """Return a view of the memory of an array-like object, without copying.
 
     Parameters
     ----------
@@ -79,18 +79,18 @@ def view_of(x: Any) -> View:
     Raises
     ------
     TypeError
-        If it is nothing of the sort, or its elements are of no dtype in the table.
+        If `x` is none of these, or its dtype is not in the table.
     ValueError
-        If what it says of itself is impossible.
+        If it describes memory that cannot exist.
     BufferError
-        If it refuses to be looked at, or answers with a copy.
+        If it refuses to export its memory, or exports a copy.
     """
     kind: Any = type(x)
     return _check(_reader(kind)(x))
 
 
 def numpy_columns(arrays: Sequence[np.ndarray]) -> Columns:
-    """Read many NumPy arrays at once, by what a look at each would find.
+    """Read many NumPy arrays at once, and find what a look at each would find.
 
     Parameters
     ----------
@@ -110,15 +110,15 @@ def numpy_columns(arrays: Sequence[np.ndarray]) -> Columns:
 
 
 def _buffer_address(array: np.ndarray) -> int:
-    """Return the address of a writable array without gaps, 0 for any other: in a third of NumPy's own time."""
+    """Return the address of a writable, contiguous array, 0 for any other; takes a third of NumPy's own time."""
     try:
         return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
-    except (TypeError, ValueError, BufferError):  # what ctypes says of gaps, of read-only, empty and ml_dtypes arrays
+    except (TypeError, ValueError, BufferError):  # from ctypes, for gaps and for read-only, empty and ml_dtypes arrays
         return 0
 
 
 def array_columns(arrays: Sequence[Array]) -> Columns:
-    """Read many arrays of ours at once, by what a look at each would find.
+    """Read many of our own arrays at once, and find what a look at each would find.
 
     Parameters
     ----------
@@ -140,23 +140,23 @@ def array_columns(arrays: Sequence[Array]) -> Columns:
 
 
 def shares_memory(a: Any, b: Any) -> bool:
-    """Say whether two arrays have a byte of memory in common.
+    """Return whether two arrays have any byte of memory in common.
 
     Parameters
     ----------
     a, b : object
-        Arrays of any library, as for `fill`; immutable ones (JAX, TensorFlow) too.
+        Arrays of any library, as for `fill`, including immutable ones (JAX, TensorFlow).
 
     Returns
     -------
     bool
-        False where they are on different devices, or one of them is empty. True too where their address
-        ranges intersect and it would take long to find out whether their elements do.
+        False if they are on different devices, or one of them is empty. Also True if their address
+        ranges intersect and it would take too long to find out whether their elements do.
 
     Raises
     ------
     TypeError
-        If one of them is no array.
+        If one of them is not an array.
     """
     first, second = view_of(a), view_of(b)
     if first.device != second.device:
@@ -168,7 +168,7 @@ def shares_memory(a: Any, b: Any) -> bool:
 
 
 def extents(arrays: Sequence[Any]) -> np.ndarray:
-    """Return where the memory of each array is, and its bytes or, of a foreign array, its elements: two rows.
+    """Return two rows: the address of each array's memory, and its bytes (of a tensor) or elements (of any other).
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def extents(arrays: Sequence[Any]) -> np.ndarray:
     if len(arrays) and is_tensor(arrays[0]) and are_plain(arrays):
         found[0] = np.fromiter(map(type(arrays[0]).data_ptr, arrays), np.uint64, len(arrays))
         found[1] = np.fromiter(map(operator.attrgetter("nbytes"), arrays), np.uint64, len(arrays))
-    else:  # a DTensor's own address is no memory's
+    else:  # a DTensor's own address is not that of any memory
         found.T[:] = np.array([_extent(x) for x in arrays], np.uint64).reshape(-1, 2)
     return found
 
@@ -196,7 +196,7 @@ def _extent(x: Any) -> tuple[int, int]:
 
 
 def _outline(view: View) -> np.ndarray:
-    """Return a NumPy array at the view's addresses, CUDA ones too: for arithmetic, never to be read."""
+    """Return a NumPy array at the view's addresses, even CUDA ones: for arithmetic only, never to be read."""
 
     class Outline:
         __array_interface__ = {
@@ -219,7 +219,7 @@ def _reader(kind: type) -> Callable[[Any], View]:
         return _read_numpy
     if issubclass(kind, np.generic):
         return _read_scalar
-    if issubclass(kind, type):  # which has the attributes of its instances
+    if issubclass(kind, type):  # a class has the attributes of its instances
         return _refuse
     for module, name, read in _FRAMEWORKS:
         loaded = sys.modules.get(module)
@@ -243,7 +243,7 @@ def _read_numpy(x: Any) -> View:
 
 
 def _read_scalar(x: Any) -> View:
-    # NumPy shows one at the address of a copy that is gone with the next line.
+    # NumPy reports the address of a temporary copy, which is gone by the next line.
     raise TypeError(f"{x!r} is a NumPy scalar, which is immutable; expected an array, of shape () if need be")
 
 
@@ -257,7 +257,7 @@ def _read_torch(x: Any) -> View:
         raise TypeError(f"the tensor has no memory of its own ({error})") from None
     dtype = resolve_dtype(tensor.dtype)
     itemsize = dtype.itemsize
-    if tensor.is_contiguous():  # one dimension says as much, and is quicker to say
+    if tensor.is_contiguous():  # one dimension says the same, and is faster
         count = tensor.numel()
         shape, strides, last = (count,), (itemsize,), count - 1
     elif tensor.is_nested:
@@ -276,7 +276,7 @@ def _read_jax(x: Any) -> View:
         raise TypeError(f"{x!r} is being traced and has no memory")
     if x.is_deleted():
         raise ValueError("the JAX array was deleted (donated, or by delete()) and has no memory")
-    resolve_dtype(x.dtype)  # of int4 and of random keys, JAX's own exporter says nothing clear
+    resolve_dtype(x.dtype)  # JAX's own exporter says nothing clear about int4 and random keys
     return _read_dlpack(x)._replace(read_only="JAX arrays are immutable; make a new one: gpuconst.full(...).to_jax()")
 
 
@@ -324,7 +324,7 @@ def _read_dlpack(x: Any) -> View:
     arguments = {"stream": 1} if kind == CUDA else {}
     try:
         capsule = x.__dlpack__(**arguments, max_version=(1, 1), copy=False)
-    except TypeError:  # an exporter of before DLPack 1.0
+    except TypeError:  # an exporter from before DLPack 1.0
         capsule = x.__dlpack__(**arguments)
     tensor, flags = read_capsule(capsule)
     if flags & IS_COPIED:
@@ -348,7 +348,7 @@ def _read_dlpack(x: Any) -> View:
     else:
         strides = contiguous_strides(shape, dtype.itemsize)
     address = (tensor.data or 0) and tensor.data + tensor.byte_offset
-    stream = 0 if kind == CUDA else None  # the one that the exporter was asked to order its work before
+    stream = 0 if kind == CUDA else None  # the one that the exporter was told to synchronise with
     return View(address, shape, strides, dtype, device, capsule, _READ_ONLY if flags & READ_ONLY else None, stream)
 
 
@@ -365,7 +365,7 @@ def _read_buffer(x: Any) -> View:
     if hasattr(x, "__cuda_array_interface__"):  # set on the object, not on its type
         return _read_cuda_interface(x)
     if hasattr(x, "__array_interface__") or hasattr(x, "__array_struct__"):
-        return _read_numpy(np.asarray(x))  # which keeps alive what the memory belongs to, seldom x itself
+        return _read_numpy(np.asarray(x))  # it keeps alive the owner of the memory, seldom x itself
     try:
         exported = np.asarray(memoryview(x))
     except TypeError:
@@ -403,7 +403,7 @@ _FRAMEWORKS: list[tuple[str, str, Callable[[Any], View]]] = [
 
 
 def _check(view: View) -> View:
-    """Refuse what no memory can be."""
+    """Refuse a view of memory that cannot exist."""
     address, shape, strides, dtype = view[:4]
     if len(shape) != len(strides):
         raise ValueError(f"the array says it has shape {shape} and strides {strides}: their lengths differ")

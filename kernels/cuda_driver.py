@@ -1,4 +1,4 @@
-"""The CUDA driver: which GPUs can be used, asked before any library is imported, and copies, events, contexts."""
+"""The CUDA driver: which GPUs can be used, before any library is imported, and copies, events and contexts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from gpuconst.errors import DeviceUnavailableError, OutOfMemoryError
 
 _HANDLE, _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t
-#: What ctypes would pass as 32 bits if it were not told.
+#: Parameter types, where ctypes would otherwise pass 32 bits.
 _PARAMETERS = {
     "cuCtxPushCurrent_v2": [_HANDLE],
     "cuMemcpyAsync": [_ADDRESS, _ADDRESS, _SIZE, _HANDLE],
@@ -29,14 +29,14 @@ _PARAMETERS = {
     "cuEventDestroy_v2": [_HANDLE],
     "cuLaunchKernel": [_HANDLE, *[ctypes.c_uint] * 7, _HANDLE, _HANDLE, _HANDLE],
 }
-#: Words that a launch can pass.
+#: The most words that a launch can pass.
 MOST_PARAMETERS = 16
 _LEGACY, _PER_THREAD = 0, 2  # default streams; 1 is the legacy one too
 _DISABLE_TIMING = 2
 _CAPTURE_RELAXED = 2
 _CAPTURE_IMPLICIT = 906  # the legacy default stream, while another stream is captured
 
-#: How to get what a backend misses.
+#: How to install what a backend lacks.
 INSTALL = "pip install 'gpuconst[cuda12]' or 'gpuconst[cuda13]'"
 #: CUDA 12, the oldest that both CuPy 14 and numba-cuda support.
 OLDEST_DRIVER = 12000
@@ -71,12 +71,12 @@ class Device(NamedTuple):
 
 
 class Driver(NamedTuple):
-    """What the driver says of itself and its devices.
+    """What the driver reports about itself and its devices.
 
     Attributes
     ----------
     version : int
-        Of CUDA, as 1000 * major + 10 * minor; 0 where there is no driver.
+        CUDA version, as 1000 * major + 10 * minor; 0 if there is no driver.
     devices : tuple of Device
         In CUDA's order, as restricted by ``CUDA_VISIBLE_DEVICES``.
     why_not : str or None
@@ -89,7 +89,7 @@ class Driver(NamedTuple):
 
 
 def missing() -> str | None:
-    """Return why there is no driver, or None. Does not call it."""
+    """Return why there is no driver, or None; does not call the driver."""
     try:
         _library()
     except OSError as error:
@@ -99,7 +99,7 @@ def missing() -> str | None:
 
 @functools.cache
 def driver() -> Driver:
-    """Ask the driver, once a process; initialises CUDA, makes no context."""
+    """Query the driver, once per process; initialises CUDA, but makes no context."""
     absent = missing()
     if absent is not None:
         return Driver(0, (), absent)
@@ -126,7 +126,7 @@ _forked = False
 
 
 def forked() -> bool:
-    """Whether this process was forked from one that may have used CUDA, for it had loaded the driver."""
+    """Whether this process was forked from one that may have used CUDA, because it had loaded the driver."""
     if not _forked:
         return False
     try:
@@ -137,7 +137,7 @@ def forked() -> bool:
 
 
 def _forget() -> None:
-    # A forked child cannot use what its parent initialised: let it ask, and be told so.
+    # A forked child cannot use what its parent initialised: let it query the driver, and be told so.
     global _forked
     _forked = True
     driver.cache_clear()
@@ -161,14 +161,14 @@ def why_not(index: int) -> str | None:
 
 
 def is_expected() -> bool:
-    """Whether a GPU should be usable here, as far as can be told without a call of the driver."""
+    """Whether a GPU should be usable here, as far as can be told without calling the driver."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or missing() is not None:
         return False
     return driver.cache_info().currsize == 0 or driver().why_not != _explain(_NO_DEVICE)
 
 
 def current_index() -> int:
-    """Return the index of the calling thread's current device, 0 where it has none yet."""
+    """Return the index of the calling thread's current device, or 0 if it has none yet."""
     if driver().why_not:
         return 0
     index = ctypes.c_int()
@@ -203,19 +203,19 @@ def _explain(status: int) -> str:
 
 
 def dotted(version: int) -> str:
-    """Return CUDA's integer version as people write it."""
+    """Return CUDA's integer version in dotted form."""
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def device_of(address: int) -> int:
-    """Return the index of the GPU whose memory an address is in.
+    """Return the index of the GPU whose memory contains an address.
 
     Raises
     ------
     DeviceUnavailableError
         If no GPU can be used.
     ValueError
-        If the address is not device memory, or managed memory.
+        If the address is not in device memory, or is in managed memory.
     """
     found = driver()
     if found.why_not:
@@ -233,7 +233,7 @@ def device_of(address: int) -> int:
 
 
 class _PrimaryContext:
-    """A device's primary context, made the thread's current one by `with`; any number at once, on any thread."""
+    """A device's primary context, made current by `with`; on any thread, and any number of times at once."""
 
     def __init__(self, index: int) -> None:
         driver()  # initialises CUDA
@@ -255,13 +255,13 @@ class _PrimaryContext:
 def primary_context(index: int) -> _PrimaryContext:
     """Return a device's primary context, which CUDA libraries share; kept until the process ends.
 
-    The caller's current device is what it was when the `with` block ends.
+    After the `with` block, the caller's current device is what it was before.
     """
     return _PrimaryContext(index)
 
 
 class _Parameters:
-    """A kernel's parameters as `cuLaunchKernel` takes them: words, and where each of them is."""
+    """A kernel's parameters as `cuLaunchKernel` takes them: words, and a pointer to each."""
 
     __slots__ = ("pointers", "words")
 
@@ -271,7 +271,7 @@ class _Parameters:
         self.pointers = (ctypes.c_void_p * MOST_PARAMETERS)(*range(start, start + ctypes.sizeof(self.words), 8))
 
 
-# Making them costs as much as the launch. Never more of them than launches at once.
+# Kept, because making them costs as much as the launch; never more than there were launches at once.
 _parameters: list[_Parameters] = []
 
 
@@ -281,13 +281,13 @@ def launch(function: int, grid: int, block: int, arguments: Sequence[int], index
     Parameters
     ----------
     function : int
-        Its handle, a ``CUfunction`` of device `index`.
+        Handle of the kernel, a ``CUfunction`` of device `index`.
     grid, block : int
-        CTAs, and threads in each.
+        Number of CTAs, and of threads in each.
     arguments : sequence of int
-        Words of 64 bits, at most `MOST_PARAMETERS`. A parameter of several is passed by the first of them.
+        64-bit words, at most `MOST_PARAMETERS`. A parameter of several words is passed by its first one.
     index, stream : int
-        Of the device; handle of the stream.
+        Index of the device; handle of the stream.
     """
     try:
         parameters = _parameters.pop()
@@ -303,7 +303,7 @@ def launch(function: int, grid: int, block: int, arguments: Sequence[int], index
 def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None:
     """Copy bytes between addresses of device `index` or the host, in stream order.
 
-    Host memory must live until the stream has come that far.
+    Host memory must stay alive until the stream has done the copy.
     """
     if nbytes:
         with primary_context(index):
@@ -316,12 +316,12 @@ _copying = threading.Lock()
 
 
 def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
-    """Copy a host array to device memory in stream order; the array may be let go of at once."""
+    """Copy a host array to device memory in stream order; the caller need not keep the array alive."""
     cuda = _library()
-    # To ask for an event is forbidden while any stream is captured, and would spoil its graph.
+    # Querying an event is forbidden while any stream is being captured, and would spoil its graph.
     with primary_context(index), any_capture_mode():
         _check(cuda.cuMemcpyAsync(target, source.ctypes.data, source.nbytes, stream))
-        # The driver stages pageable memory before it returns, but not where the GPU can read it itself.
+        # The driver stages pageable memory before it returns, but not if the GPU can read it directly.
         event = _record(stream)
         with _copying:
             _copied_from.append((event, source))
@@ -330,15 +330,15 @@ def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
 
 
 def order(first: int, then: int, index: int) -> None:
-    """Make stream `then` wait for what stream `first` has been given so far.
+    """Make stream `then` wait for the work given to stream `first` so far.
 
-    Not if only one of them is being captured: a graph cannot wait for what is not part of it, nor anything for
-    the graph, which has not run. The code that launches the graph orders it.
+    Do nothing if only one of them is being captured: a graph cannot wait for work outside it, and nothing can wait
+    for a graph that has not run. The code that launches the graph orders it.
 
     Raises
     ------
     RuntimeError
-        If one is the legacy default stream, which is closed while another one is captured.
+        If one is the legacy default stream, which cannot be used while another one is captured.
     """
     if (first or 1) == (then or 1):  # 0 and 1 are the legacy default stream
         return
@@ -360,9 +360,9 @@ def order(first: int, then: int, index: int) -> None:
 
 
 def on_any_thread(stream: int) -> int:
-    """Return the handle to remember a stream by, where another thread may use it.
+    """Return the handle to remember a stream by if another thread may use it.
 
-    The per-thread default stream is each thread's own. The legacy one is ordered with all of them, and stands for it.
+    Each thread has its own per-thread default stream. The legacy one is ordered with all of them, and stands for it.
     """
     return stream if stream > _PER_THREAD else _LEGACY
 
@@ -392,7 +392,7 @@ def is_capturing(index: int, stream: int) -> bool:
 
 
 def _captured(stream: int) -> bool | None:
-    """Return whether a stream is being captured; None if it is the legacy one, which others' capture closes."""
+    """Return whether a stream is being captured; None if it is the legacy one while another is captured."""
     status = ctypes.c_int()
     error = _library().cuStreamIsCapturing(stream, ctypes.byref(status))
     if error == _CAPTURE_IMPLICIT:
@@ -403,7 +403,7 @@ def _captured(stream: int) -> bool | None:
 
 @contextlib.contextmanager
 def any_capture_mode() -> Iterator[None]:
-    """Allow this thread what the usual mode of capture forbids while a graph is captured: to load a kernel."""
+    """Allow this thread what the usual capture mode forbids while a graph is captured, such as loading a kernel."""
     exchange, mode = _library().cuThreadExchangeStreamCaptureMode, ctypes.c_int(_CAPTURE_RELAXED)
     exchange(ctypes.byref(mode))
     try:
@@ -418,7 +418,7 @@ def refuse_capture(index: int, stream: int) -> None:
     Raises
     ------
     RuntimeError
-        If it is.
+        If the stream is being captured.
     """
     if is_capturing(index, stream):
         raise RuntimeError(
@@ -428,7 +428,7 @@ def refuse_capture(index: int, stream: int) -> None:
 
 
 def out_of_memory(nbytes: int, index: int) -> OutOfMemoryError:
-    """Return the error for an allocation of `nbytes` bytes on GPU `index` that failed."""
+    """Return the error for a failed allocation of `nbytes` bytes on GPU `index`."""
     device = driver().devices[index]
     return OutOfMemoryError(
         f"cuda:{index} ({device.name}, {device.nbytes / 2**30:.1f} GiB) has no room for {nbytes} bytes "

@@ -1,4 +1,4 @@
-"""Filling regions on a GPU: what does not depend on the library that allocates and launches."""
+"""Filling regions on a GPU: the part that does not depend on the library that allocates and launches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from . import cuda_driver
 from .cuda_lease import Lease
 from .runs import Launch, Region, region_launches, row_launch, strided_launches, table, table_launch
 
-#: A backend's `allocate`: bytes, device and stream to what owns the memory, and the address.
+#: A backend's `allocate`: takes bytes, device and stream; returns the owner of the memory, and its address.
 Allocate = Callable[[int, int, int], tuple[Lease, int]]
 #: Launches a kernel on a device and stream.
 Start = Callable[[Launch, int, int], None]
 
 
 def capturable(start: Start) -> Start:
-    """Return `start`, with the first launch of a kernel on a device, which loads it, allowed under capture too."""
+    """Return `start`, changed to allow a kernel's first launch on a device, which loads it, under capture too."""
     loaded: set[tuple[str, int]] = set()
 
     @functools.wraps(start)
@@ -42,9 +42,9 @@ def fill(region: Region, index: int, stream: int, start: Start) -> None:
     region : Region
         What to fill. The caller vouches for the addresses and keeps the memory alive.
     index, stream : int
-        Of the device; handle of the stream.
+        Index of the device; handle of the stream.
     start : callable
-        The backend's.
+        The backend's launch function.
     """
     for launch in region_launches(region):
         start(launch, index, stream)
@@ -53,27 +53,27 @@ def fill(region: Region, index: int, stream: int, start: Start) -> None:
 def prepare(
     runs: np.ndarray, strided: Sequence[Region], index: int, stream: int, allocate: Allocate, start: Start
 ) -> Callable[[int], None]:
-    """Make memory of one device ready to be filled any number of times.
+    """Prepare memory of one device to be filled any number of times.
 
     Parameters
     ----------
     runs : numpy.ndarray of RUN
         Each of at least one byte; none intersects another. The caller keeps the memory alive.
     strided : sequence of Region
-        What is no run, normalised.
+        The regions that are not runs, normalised.
     index : int
-        Of the device.
+        Index of the device.
     stream : int
-        The stream that the table of runs is made on, and given back on when the result is let go of.
-        Before the first fill on another one, wait for this one.
+        The stream on which the table of runs is made, and given back when the result is no longer used.
+        Before the first fill on another stream, wait for this one.
     allocate, start : callable
-        The backend's.
+        The backend's functions.
 
     Returns
     -------
     callable
-        Fills the memory on the stream it is given. While that is being captured into a graph, it only
-        launches; the result must then live as long as the graph.
+        Fills the memory on the stream that it is given. While that stream is being captured into a graph,
+        it only launches kernels, and must then live as long as the graph.
 
     Raises
     ------
@@ -98,6 +98,6 @@ def prepare(
         for launch in launches:
             start(launch, index, on)
         if memory is not None:
-            memory.used_on(on)  # the table goes back to its pool when they are done with it
+            memory.used_on(on)  # the table goes back to its pool once these streams are done with it
 
     return run

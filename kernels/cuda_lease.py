@@ -1,4 +1,4 @@
-"""Device memory that is given back only when the streams it was handed to are done with it."""
+"""Device memory that is given back only once the streams it was handed to are done with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import cuda_driver
 
 
 class Handle(int):
-    """A stream's handle that keeps the stream alive: memory is given back on it long after the call it came with.
+    """A stream's handle that keeps the stream alive: memory may be given back on it long after the call.
 
     Attributes
     ----------
@@ -29,33 +29,33 @@ class Handle(int):
         return handle
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        """Speak the protocol of CUDA's Python libraries: its version, and the handle."""
+        """Return the version of the protocol of CUDA's Python libraries, and the handle."""
         return 0, int(self)
 
 
 class Lease:
     """Memory of a pool, and the streams that use it.
 
-    Pools give freed memory to the next request in the order of the stream that it was allocated on.
-    Work on another stream, a consumer's, may still be reading it by then, so that stream is waited for
-    first, on the device. While one of them is captured into a CUDA graph nothing can be ordered after it, and
-    to free memory on it would spoil the graph: the memory is kept until the capture has ended.
+    Pools reuse freed memory in the order of the stream that it was allocated on. Work on another stream,
+    such as a consumer's, may still be reading it then, so that stream is waited for first, on the device.
+    While one of them is being captured into a CUDA graph, nothing can be ordered after it, and freeing memory
+    on it would spoil the graph: the memory is kept until the capture has ended.
 
     Parameters
     ----------
     memory : object
-        Gives the memory back to its pool when it is let go of.
+        Gives the memory back to its pool when nothing refers to it any more.
     index : int
-        Of the device.
+        Index of the device.
     stream : int
         Handle of the stream that the memory was allocated on.
     by_stream : bool
-        Whether to give it back is itself work of the stream, and not of the host alone.
+        Whether giving the memory back is itself work on the stream, not on the host alone.
 
     Attributes
     ----------
     index : int
-        Of the device.
+        Index of the device.
     """
 
     __slots__ = ("_by_stream", "_memory", "_stream", "_users", "index")
@@ -69,41 +69,41 @@ class Lease:
         self.used_on(stream)
 
     def used_on(self, stream: int) -> None:
-        """Have the memory wait for what a stream has been given, before it goes back.
+        """Make the memory wait, before it goes back, for the work given to a stream.
 
-        A stream that is known by its number alone must live as long as the memory.
+        A stream that is known only by its number must live as long as the memory.
         """
         stream = cuda_driver.on_any_thread(stream)
         if stream != self._stream and not isinstance(self._users.get(stream), Handle):
             self._users[stream] = stream
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if finalizing():  # the memory is not used again, and consumers' streams are gone
+        if finalizing():  # the memory will not be used again, and consumers' streams are gone
             return
         if not self._given_back():
             _kept.append(self)
 
     def _given_back(self) -> bool:
-        """Give the memory back, and say whether that could be done."""
+        """Give the memory back, and return whether that was possible."""
         users = list(self._users.values())
         if users or self._by_stream:
             for stream in (self._stream, *users):
-                with contextlib.suppress(RuntimeError):  # the stream is gone, or its context
+                with contextlib.suppress(RuntimeError):  # the stream or its context is gone
                     if cuda_driver.is_capturing(self.index, stream):
                         return False
         for stream in users:
             with contextlib.suppress(RuntimeError):
                 cuda_driver.order(stream, self._stream, self.index)
-        self._memory = None  # before its stream goes
+        self._memory = None  # while its stream still lives
         return True
 
 
-#: What could not be given back while a graph was captured.
+#: Leases that could not be given back while a graph was captured.
 _kept: deque[Lease] = deque()
 
 
 def give_back() -> None:
-    """Give back the memory that was kept because of a capture, as far as that has ended."""
+    """Give back memory that was kept because of captures which have ended."""
     for _ in range(len(_kept)):
         try:
             lease = _kept.popleft()

@@ -128,14 +128,14 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
         if not _is_out_of_memory(error):
             raise
         raise cuda_driver.out_of_memory(nbytes, index) from error
-    if isinstance(memory.mem, cupy.cuda.memory.PooledMemory):  # which goes back on the host
+    if isinstance(memory.mem, cupy.cuda.memory.PooledMemory):  # given back on the host
         return Lease(memory, index, stream, by_stream=False), memory.ptr
-    # Other allocators free in the stream's order, and may know the stream by a weak reference.
+    # Other allocators free in stream order, and may hold only a weak reference to the stream.
     return Lease(memory, index, Handle(stream, (stream, current)), by_stream=True), memory.ptr
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator of CuPy, or of torch in its place, has found no room."""
+    """Whether CuPy's allocator, or torch's in its place, has found no room."""
     status = getattr(error, "status", None)
     return isinstance(error, MemoryError) or status == _OUT_OF_MEMORY or type(error).__name__ == "OutOfMemoryError"
 
@@ -147,13 +147,13 @@ def _take(nbytes: int, index: int, stream: int) -> tuple[Any, Any]:
     cuda = cupy.cuda
     current = cuda.get_current_stream()
     if cuda.runtime.getDevice() == index and current.ptr == stream:
-        return cuda.alloc(nbytes), current  # to enter what is entered already takes longer
+        return cuda.alloc(nbytes), current  # entering what is current already would take longer
     with cuda.Device(index), _stream(int(stream), index) as current:
         return cuda.alloc(nbytes), current
 
 
 def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return a CuPy array of some of the memory, which it keeps alive.
+    """Return a CuPy array over part of the memory, which it keeps alive.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[A
 
 
 def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, int]:
-    """Return what `allocate` does, filled with `element` in stream order.
+    """Return memory from `allocate`, filled with `element` in stream order, and its address.
 
     Raises
     ------
@@ -195,7 +195,7 @@ def fill(region: Region, index: int, stream: int) -> None:
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-    """Make memory ready to be filled any number of times; see `cuda_fill.prepare`."""
+    """Prepare memory to be filled any number of times; see `cuda_fill.prepare`."""
     return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
 
 
@@ -212,8 +212,8 @@ def _launch(launch: Launch, index: int, stream: int) -> None:
 def _function(name: str, index: int) -> Any:
     """Return a kernel that CuPy compiled and loaded.
 
-    It is launched by its handle: over a driver that does nothing, that takes a quarter of the time of a
-    call of CuPy's elementwise kernel on a device and a stream that are entered first.
+    It is launched by its handle: over a driver that does nothing, that takes a quarter of the time that it
+    takes to enter the device and the stream and call CuPy's elementwise kernel.
     """
     import cupy
 
@@ -231,7 +231,7 @@ def _stream(handle: int, index: int) -> Any:
 
     if handle <= 2:
         return cupy.cuda.Stream.ptds if handle == 2 else cupy.cuda.Stream.null
-    with cupy.cuda.Device(index):  # which the object keeps for its own
+    with cupy.cuda.Device(index):  # which the object takes for its own
         return cupy.cuda.Stream.from_external(Handle(handle))
 
 
@@ -244,9 +244,9 @@ _BOUNDS = f"""{_RESIDENT}
 #endif
 """
 
-# Integers reach a kernel as 64 bits, so no parameter is of another width. Addresses are integers because
-# a Region has no array; the assembler says what the compiler cannot know of an integer, that it points to
-# global memory, and would otherwise store through the slower generic path.
+# Integers reach a kernel as 64 bits, so no parameter has another width. Addresses are integers because a
+# Region has no array. The inline assembly says what the compiler cannot know of an integer, that it points to
+# global memory; otherwise, stores would take the slower generic path.
 _STORES = """
 typedef unsigned long long u64;
 
@@ -391,7 +391,7 @@ _RAW = {
 
 @functools.cache
 def _fill_run() -> Any:
-    """Return the elementwise kernel: an index is a thread, which stores 16 bytes four times."""
+    """Return the elementwise kernel: each index is a thread, which stores 16 bytes four times."""
     import cupy
 
     parameters = "uint64 address, uint64 nbytes, uint64 low, uint64 high"
@@ -399,7 +399,7 @@ def _fill_run() -> Any:
 
 
 def _signature() -> tuple[tuple[Any, ...], Any]:
-    """Return what CuPy calls the elementwise kernel's arguments and types: four integers and an indexer."""
+    """Return the elementwise kernel's arguments and types as CuPy describes them: four integers and an indexer."""
     from cupy._core import _carray, _kernel, _scalar
 
     kernel = _fill_run()
@@ -409,7 +409,7 @@ def _signature() -> tuple[tuple[Any, ...], Any]:
 
 
 def sources() -> dict[str, str]:
-    """Return the CUDA C++ that each kernel is compiled from, for the elementwise one what CuPy generates.
+    """Return the CUDA C++ that each kernel is compiled from; for the elementwise one, what CuPy generates.
 
     Returns
     -------
@@ -444,7 +444,7 @@ def compile_kernels(arch: str) -> dict[str, bytes]:
     dict of str to bytes
         A cubin for each kernel, by name.
     """
-    # CuPy takes the last byte off, as if it were the NUL at the end of PTX.
+    # CuPy strips the last byte, as if it were the NUL at the end of PTX.
     return {name: binary + b"\0" for name, binary in _compile(f"-arch={arch}", "cubin").items()}
 
 

@@ -1,4 +1,4 @@
-"""The CPU: memory that the next consumer can take as it is, filled in the way that is fastest at its length."""
+"""The CPU: memory that any consumer can take as it is, filled in the way that is fastest for its length."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .host_memory import Map, reserve
 from .host_threads import share
 from .runs import TILE, Region
 
-#: Runs of one length, of up to this many bytes, are scattered together from so many on; setting it up costs as
-#: much as so many fills.
+#: Runs of one length, up to the first of these in bytes, are scattered together if they are at least as many as the
+#: second: the setup costs as much as that many fills.
 LONGEST_SCATTERED, FEWEST_SCATTERED = 16 << 10, 4
-#: From so many bytes on, two threads scatter: NumPy lets go of the interpreter for a part of the time only.
+#: From this many bytes on, two threads scatter: NumPy releases the GIL for only part of the time.
 SCATTERED_BY_TWO = 8 << 20
 
 
@@ -50,19 +50,19 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Map, int]:
     nbytes : int
         Bytes needed.
     index, stream : int
-        Of the device; the CPU has only 0.
+        Device and stream; the CPU has only 0.
 
     Raises
     ------
     OutOfMemoryError
-        If there is no memory.
+        If there is not enough memory.
     """
     memory, address, _ = reserve(nbytes)
     return memory, address
 
 
 def carve(memory: Map, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Return a NumPy array of some of the memory, which it keeps alive.
+    """Return a NumPy array over part of the memory, which it keeps alive.
 
     Parameters
     ----------
@@ -79,12 +79,12 @@ def carve(memory: Map, address: int, shape: tuple[int, ...], dtype: np.dtype[Any
 
 
 def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int]:
-    """Return what `allocate` does, filled with `element`.
+    """Return memory from `allocate`, filled with `element`, and its address.
 
     Raises
     ------
     OutOfMemoryError
-        If there is no memory.
+        If there is not enough memory.
     """
     memory, address, zeroed = reserve(nbytes)
     if not zeroed or any(element):
@@ -100,31 +100,31 @@ def fill(region: Region, index: int, stream: int) -> None:
     region : Region
         What to fill. The caller vouches for the addresses and keeps the memory alive.
     index, stream : int
-        Of the device; the CPU has only 0.
+        Device and stream; the CPU has only 0.
     """
     if 0 not in region.shape:
         _filler(region)()
 
 
 def _filler(region: Region) -> Callable[[], None]:
-    """Return what fills a region of at least one element."""
+    """Return a function that fills a region of at least one element."""
     return partial(assign_as_it_is, laid_over(region), region.element)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
     """Return a function that fills many stretches of host memory at once, as often as it is called.
 
-    Short runs of one length are one NumPy assignment through an array of addresses: 10 to 100 ns each,
-    where a call for each would cost 10 times that.
+    Short runs of one length are filled by one NumPy assignment through an array of addresses: 10 to 100 ns
+    each, where a call for each would cost 10 times that.
 
     Parameters
     ----------
     runs : numpy.ndarray of RUN
-        No two of which intersect.
+        No two of them intersect.
     strided : sequence of Region
-        What is no run.
+        The regions that are not runs.
     index, stream : int
-        Of the device; the CPU has only 0.
+        Device and stream; the CPU has only 0.
 
     Returns
     -------
@@ -149,7 +149,7 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
 
 
 class _Scatter(NamedTuple):
-    """Short runs of one length: all of memory in rows of it, the rows' offsets, and what goes there."""
+    """Short runs of one length: all of memory in rows of that length, and the offsets and contents of the runs."""
 
     memory: np.ndarray
     offsets: np.ndarray
@@ -165,7 +165,7 @@ class _Scatter(NamedTuple):
 
 
 def _scattered(runs: np.ndarray) -> tuple[list[_Scatter], np.ndarray]:
-    """Return what fills the runs that are short and of a frequent length, and the other runs."""
+    """Return scatters for the short runs of frequent lengths, and the other runs."""
     short = (runs["count"] == 1) & (runs["nbytes"] <= LONGEST_SCATTERED)
     scatters = []
     alone = [np.flatnonzero(~short)]
@@ -181,11 +181,11 @@ def _scattered(runs: np.ndarray) -> tuple[list[_Scatter], np.ndarray]:
 
 
 def _of_one_length(runs: np.ndarray) -> list[_Scatter]:
-    """Return what fills runs of one length, `PIECE` bytes of them each."""
+    """Return scatters for runs of one length, each for up to `PIECE` bytes of them."""
     nbytes = int(runs["nbytes"][0])
     unit = math.gcd(nbytes, TILE)
     dtype = UNSIGNED[unit]
-    # Overlapping rows, one at each byte: an index is an address. So many that their bytes can be counted.
+    # Overlapping rows, one at each byte: an index is an address. As many as NumPy can count the bytes of.
     memory = np.ndarray((2**62 // nbytes, nbytes // unit), dtype, MEMORY, 0, (1, unit))
     addresses = runs["address"].astype(np.int64)
     tiles = np.stack([runs["tile_low"], runs["tile_high"]], axis=1).view(np.uint8)

@@ -1,9 +1,9 @@
-"""One stretch of host memory, filled by whatever is fastest at its length.
+"""One stretch of host memory, filled in the way that is fastest for its length.
 
-Short ones are made by Python's own repetition of the element and copied where they go. Long ones are
-stored by the C library where it can, as 4-byte words with ``wmemset``; otherwise a row of bytes is copied
-over and over, which NumPy does with ``memcpy``. Very long ones are shared out between two threads, or
-cleared with ``memset``.
+Short ones are made by Python's own repetition of the element and copied into place. Long ones are stored
+by the C library where it can, as 4-byte words with ``wmemset``; otherwise NumPy copies a row of bytes over
+and over, with ``memcpy``. Very long ones are shared out between two threads; of these, the longest are
+cleared with ``memset`` if the element is zero.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = [
     "laid_over",
 ]
 
-#: Fewer bytes than this take Python a third of the time that a NumPy array of them takes to make and fill.
+#: Below this many bytes, Python takes a third of the time that it takes to make and fill a NumPy array.
 BY_WORDS = 32 << 10
-#: From this many bytes on, a NumPy array is filled by its address, which NumPy takes a microsecond to tell.
+#: From this many bytes on, a NumPy array is filled by its address, which takes NumPy a microsecond to tell.
 BY_ADDRESS = 256 << 10
 #: From this many bytes on, more than caches hold, processors clear memory without reading it first.
 BY_CLEARING = 64 << 20
-#: Arrays of fewer bytes than this are not shared out between two threads: they would wait for the interpreter.
+#: Arrays of fewer bytes than this are not shared out between two threads, which would wait for the GIL.
 SMALLEST_SHARED = 1 << 20
-#: What a thread takes at a time, a huge page, where two fill: one that gets no core, or late, leaves more to the
-#: other. What is no longer than that, one has filled before the second is awake.
+#: What each of two threads takes at a time: a huge page. A thread that gets no core, or gets one late, leaves more
+#: to the other. A stretch no longer than this is filled by one thread before the second would be awake.
 PIECE = 2 << 20
 ROW = 16 << 10
 
-#: Dtypes to move elements by, of each length.
+#: The dtype to move elements with, by their length.
 UNSIGNED: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
     2: np.dtype("u2"),
@@ -57,7 +57,7 @@ UNSIGNED: dict[int, np.dtype[Any]] = {
 
 # All of memory as one buffer, so that NumPy arrays can be laid over any address: building a ctypes
 # array type for each length instead would cost several times the fill of a small tensor. It starts
-# above the null page because NumPy takes a buffer at address 0 for none.
+# above the null page because NumPy takes a buffer at address 0 for no buffer.
 ORIGIN = 4096
 MEMORY: Any = (ctypes.c_char * (sys.maxsize - ORIGIN)).from_address(ORIGIN)
 _BYTES_OF_MEMORY = memoryview(MEMORY).cast("B")
@@ -81,7 +81,7 @@ def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
     elif nbytes <= PIECE:
         _store(address, nbytes, element)
     elif nbytes >= BY_CLEARING and not any(element):
-        half = nbytes // 2  # the longer a piece, the better: by 2 MiB it would take twice as long
+        half = nbytes // 2  # longer pieces are faster: with 2 MiB it would take twice as long
         share([partial(ctypes.memset, at, 0, size) for at, size in [(address, half), (address + half, nbytes - half)]])
     else:
         end = address + nbytes
@@ -99,13 +99,13 @@ def assign(array: np.ndarray, element: bytes) -> None:
         As long as an element of the array.
     """
     if array.nbytes >= BY_ADDRESS and not array.flags.c_contiguous:
-        # In other order it may be one stretch, and be small where strides are 0.
+        # In another order it may be one stretch, and with strides of 0 it may be small.
         array = laid_over(Region(array.ctypes.data, array.shape, array.strides, element))
     assign_as_it_is(array, element)
 
 
 def assign_as_it_is(array: np.ndarray, element: bytes) -> None:
-    """Fill a NumPy array that is small, or of the fewest dimensions already; see `assign`."""
+    """Fill a NumPy array that is small, or already has the fewest dimensions; see `assign`."""
     if array.nbytes >= BY_ADDRESS and array.flags.c_contiguous:
         fill_stretch(array.ctypes.data, array.nbytes, element)
     else:
@@ -138,10 +138,10 @@ def _store(address: int, nbytes: int, element: bytes) -> None:
 
 @functools.cache
 def _wmemset() -> Callable[[int, int, int], None] | None:
-    """Return the C library's fill of 4-byte words, where it is known to be written with vector stores.
+    """Return the C library's fill of 4-byte words if it is known to use vector stores; else None.
 
-    In glibc on x86-64 it fills 1 MiB in 0.8 of the time that rows take. In musl and on other processors it
-    is a loop, slower than they are.
+    In glibc on x86-64, it fills 1 MiB in 0.8 of the time that copying rows takes. In musl and on other
+    processors, it is a loop, which is slower than copying rows.
     """
     try:
         os.confstr("CS_GNU_LIBC_VERSION")
@@ -158,7 +158,7 @@ def _wmemset() -> Callable[[int, int, int], None] | None:
 
 @functools.lru_cache(maxsize=64)
 def _word(element: bytes) -> int | None:
-    """Return the 4-byte word that memory full of an element is full of, None where there are several."""
+    """Return the 4-byte word that repeats in memory filled with an element; None if there is no such word."""
     word = element * (4 // len(element)) if len(element) < 4 else element[:4]
     return int.from_bytes(word, sys.byteorder) if element * 4 == word * len(element) else None
 
@@ -168,7 +168,7 @@ def _row(element: bytes) -> np.ndarray:
     return np.frombuffer(element * (ROW // len(element)), np.uint8)
 
 
-# Reading the bytes anew takes half as long as filling a small array with them.
+# Cached, because reading the bytes takes half as long as filling a small array with them.
 @functools.lru_cache(maxsize=64)
 def _scalar(element: bytes, dtype: np.dtype[Any]) -> np.ndarray:
     return np.frombuffer(element, dtype)

@@ -18,7 +18,7 @@ from sys import getrefcount
 
 from gpuconst.errors import OutOfMemoryError
 
-#: Every address handed out is a multiple of this. Frameworks need 64: on less, JAX copies and
+#: Every address handed out is a multiple of this. Frameworks need 64: with less, JAX copies and
 #: TensorFlow aborts.
 ALIGNMENT = 256
 HUGE_PAGE = 2 << 20
@@ -30,7 +30,7 @@ LARGEST_KEPT = 32 << 20
 
 
 class Map(mmap.mmap):
-    """Anonymous memory that knows where it is.
+    """Anonymous memory that knows its address.
 
     Attributes
     ----------
@@ -57,8 +57,8 @@ class _Block:
 
 
 # A thread takes a block out, looks at it, and puts it back; `pop` and `append` are atomic, so there is no
-# lock to be held across a fork, a signal or a finalizer. A thread that is about to hand out a block's memory
-# refers to its map before putting it back: once it is back, idle means idle.
+# lock that could be held across a fork, a signal or a finalizer. A thread that is about to hand out a block's
+# memory takes a reference to its map before putting it back: once it is back, idle means idle.
 
 #: The slabs with room left: never more of them than threads that carved at once.
 _open: list[_Block] = []
@@ -86,7 +86,7 @@ def reserve(nbytes: int) -> tuple[Map, int, bool]:
     Raises
     ------
     OutOfMemoryError
-        If the system has none.
+        If the system has no memory left.
     """
     if nbytes > LARGEST_CARVED:
         block = _recycled(nbytes) or _Block(nbytes)
@@ -100,7 +100,7 @@ def reserve(nbytes: int) -> tuple[Map, int, bool]:
         slab = _recycled(SLAB) or _Block(SLAB)
     start = slab.used
     if getrefcount(slab.memory) == slab.idle_references:
-        start = 0  # again, in memory that is still in the cache
+        start = 0  # reuse it: it is still in the cache
     elif start + nbytes > SLAB:
         _recent.append(slab)
         slab = _recycled(SLAB) or _Block(SLAB)
@@ -112,7 +112,7 @@ def reserve(nbytes: int) -> tuple[Map, int, bool]:
 
 
 def _recycled(nbytes: int) -> _Block | None:
-    """Return the last block that fits and that nothing lives in, taken out, or None."""
+    """Take out and return the last block that fits and that nothing lives in, or None."""
     for _ in range(len(_recent)):
         try:
             block = _recent.pop()  # what was used last may still be in the cache
@@ -125,7 +125,7 @@ def _recycled(nbytes: int) -> _Block | None:
 
 
 def _map(nbytes: int) -> tuple[Map, int]:
-    """Return new memory, all zero, and the address in it from which on `nbytes` bytes are aligned."""
+    """Return new memory, all zero, and the address in it where `nbytes` aligned bytes begin."""
     huge = hasattr(mmap, "MADV_HUGEPAGE")
     # Address space is free: untouched pages of the margin never become memory.
     margin = HUGE_PAGE if huge and nbytes >= HUGE_PAGE else 0
@@ -139,7 +139,7 @@ def _map(nbytes: int) -> tuple[Map, int]:
     memory.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     offset = -memory.address % HUGE_PAGE if margin else 0
     if margin:
-        # Whole huge pages only: the rest would round the memory used up to the next 2 MiB.
-        with contextlib.suppress(OSError):  # a kernel built without them: small pages serve
+        # Whole huge pages only: with the rest, memory use would be rounded up to the next 2 MiB.
+        with contextlib.suppress(OSError):  # a kernel built without them: small pages will do
             memory.madvise(mmap.MADV_HUGEPAGE, offset, nbytes // HUGE_PAGE * HUGE_PAGE)
     return memory, memory.address + offset

@@ -1,10 +1,10 @@
-"""Work that a second thread of the CPU takes part in.
+"""CPU work that a second thread takes part in.
 
-The thread is kept, and waits for more: to wake it takes 10 to 25 us, to start one 35 to 100, in which the
-first could have filled megabytes. There is one for the process, and none is left where the process forks.
+The thread is kept, and waits for more: waking it takes 10 to 25 us, starting one 35 to 100, in which the
+first could have filled megabytes. There is one per process, and it ends before the process forks.
 
-An interrupt may come between any two lines of the thread that it is for. So what two threads have to agree
-on is one call that may be repeated, ``setdefault`` on a dict: the first answer holds for both.
+An interrupt may come between any two lines of the thread that receives it. So what two threads have to agree
+on is settled by one repeatable call, ``setdefault`` on a dict: the first answer holds for both.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Task = Callable[[], object]
 
 
 class _Work:
-    """Tasks, of which whichever of two threads is free takes the next.
+    """Tasks for two threads: whichever is free takes the next one.
 
     Attributes
     ----------
     left : iterator of callable
         The tasks that have not begun.
     cores : set of int
-        Those that the caller may run on.
+        The cores that the caller may run on.
     core : int
-        The one that it is on, -1 where the system does not tell.
+        The core that the caller is on; -1 if the system does not tell.
     taken : dict
-        Who has the second thread's part, once that is settled: the helper, or the work itself, when the
-        caller has ended before the helper was awake.
+        Who has the second thread's part, once that is settled: the helper, or the work itself if the
+        caller finished before the helper was awake.
     ended : bool
         Whether the helper has done its part.
     over : bool
@@ -58,7 +58,7 @@ class _Work:
         self._signal.acquire()
 
     def help(self, helper: _Helper) -> None:
-        """Do the second thread's part, unless the caller has ended, or it is done."""
+        """Do the second thread's part, unless the caller has finished, or the part is done."""
         if self.ended or self.taken.setdefault("by", helper) is not helper:
             return
         try:
@@ -70,7 +70,7 @@ class _Work:
         self._signal.release()
 
     def settle(self) -> None:
-        """Wait for the helper, if it has begun, and let others have it."""
+        """Wait for the helper, if it has begun, and free it for other work."""
         if self.taken.setdefault("by", self) is not self and not self.ended:
             self._signal.acquire()
         if _desk.get("work") is self:
@@ -79,7 +79,7 @@ class _Work:
 
 
 class _Helper:
-    """The second thread: takes part in the work that lies on the desk when it is woken."""
+    """The second thread: when woken, it takes part in the work that is on the desk."""
 
     __slots__ = ("_asleep", "dismissed")
 
@@ -87,7 +87,7 @@ class _Helper:
         self.dismissed = False
         self._asleep = _thread.allocate_lock()
         self._asleep.acquire()
-        # Not through `threading`: to join it at exit would be to wait for ever.
+        # Not through `threading`, which would join it at exit, and wait for ever.
         _thread.start_new_thread(self._serve, ())
 
     def wake(self) -> None:
@@ -104,33 +104,33 @@ class _Helper:
             if (work.cores, work.core) != avoided:
                 avoided = work.cores, work.core
                 # A virtual machine may wake it on the very core that its caller is busy on, though another is idle:
-                # Linux takes that for one that the host has taken away. The two would take turns, and gain nothing.
+                # Linux believes that the host has taken the idle one away. The two would take turns, and gain nothing.
                 with contextlib.suppress(AttributeError, OSError):
                     os.sched_setaffinity(0, work.cores - {work.core})
             work.help(self)
             del work
 
 
-#: The work that the helper is for, none or one.
+#: The work for the helper, if there is any.
 _desk: dict[str, _Work] = {}
 _helper: _Helper | None = None
 
 
 def share(tasks: Sequence[Task]) -> None:
-    """Run tasks by two threads, of which whichever is free takes the next.
+    """Run tasks on two threads: whichever is free takes the next one.
 
-    By one, where another call has the second thread already: more threads than cores gain nothing.
+    On one thread if another call already has the second: more threads than cores gain nothing.
 
     Parameters
     ----------
     tasks : sequence of callable
-        Each of which may run on any thread, while another does.
+        Each may run on any thread, at the same time as another.
 
     Raises
     ------
     BaseException
-        What a task raised, or an interrupt, once both threads have ended; tasks that had not begun are then
-        left out.
+        What a task raised, or an interrupt, once both threads have finished; tasks that had not begun are
+        then skipped.
     """
     allowed = cores() if len(tasks) > 1 else set()
     if len(allowed) < 2 or sys.is_finalizing():
@@ -155,7 +155,7 @@ def share(tasks: Sequence[Task]) -> None:
 
 
 def _offer(work: _Work) -> None:
-    """Have the helper take part in some work, if it has no other."""
+    """Give work to the helper, if it has no other."""
     global _helper
     if _desk.setdefault("work", work) is work:
         if _helper is None:
@@ -174,7 +174,7 @@ def cores() -> set[int]:
 
 @functools.cache
 def _current_core() -> Callable[[], int]:
-    """Return what tells the core that the caller is on; it says -1 where the system does not."""
+    """Return a function that returns the core that its caller is on, or -1 if the system does not tell."""
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(AttributeError):
             found: Callable[[], int] = ctypes.CDLL(None).sched_getcpu
@@ -183,7 +183,7 @@ def _current_core() -> Callable[[], int]:
 
 
 def _dismiss() -> None:
-    """Let the helper end: a child has no threads but the one that forked, and Python warns of more."""
+    """Make the helper end: a child has only the thread that forked, and Python warns if there were more."""
     global _helper
     if _helper is not None and not _desk:
         _helper.dismissed = True

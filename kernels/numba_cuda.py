@@ -1,4 +1,4 @@
-"""CUDA through Numba and cuda.core: kernels in Python, a memory pool of its own; no CuPy."""
+"""CUDA through Numba and cuda.core: kernels in Python, and a memory pool of its own; without CuPy."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ __all__ = [
     "why_not",
 ]
 
-#: What the pool keeps of freed memory, in bytes, when the device is synchronised: enough to make small
+#: How much freed memory the pool keeps, in bytes, when the device is synchronised: enough to make small
 #: arrays cheap, too little to be missed on a shared card.
 RELEASE_THRESHOLD = 256 << 20
 
-#: What is used of cuda-core came with this release; numba-cuda is content with older ones.
+#: What is used of cuda-core came with this release; numba-cuda accepts older ones.
 OLDEST_CORE = (1, 2)
 
 #: Packages that a cubin depends on.
@@ -76,7 +76,7 @@ def _missing_package() -> str | None:
 def _missing_compiler() -> str | None:
     from cuda.pathfinder import load_nvidia_dynamic_lib
 
-    for library in ("nvvm", "nvJitLink", "cudart"):  # of the last, NVVM's user asks the version
+    for library in ("nvvm", "nvJitLink", "cudart"):  # Numba asks the last for its version
         try:
             load_nvidia_dynamic_lib(library)
         except Exception as error:
@@ -91,8 +91,8 @@ def _missing_compiler() -> str | None:
 
 @functools.cache
 def _cannot_compile(arch: str) -> str | None:
-    # Only trying tells: releases that do not work together install side by side (numba-cuda 0.30 and NumPy 2.5).
-    # What is compiled here is what the first fill needs, and is on disk from the first time on.
+    # Only trying tells: incompatible releases can be installed side by side (numba-cuda 0.30 and NumPy 2.5).
+    # The kernel compiled here is the one that the first fill needs, and is on disk from then on.
     try:
         _cubin("fill_run", arch)
     except Exception as error:
@@ -104,7 +104,7 @@ def _cannot_compile(arch: str) -> str | None:
 
 
 def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
-    """Return uninitialised memory of an own pool, and its address.
+    """Return uninitialised memory from a pool of our own, and its address.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
 
 
 def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return a ``StridedMemoryView`` of some of the memory, which it keeps alive.
+    """Return a ``StridedMemoryView`` of part of the memory, which it keeps alive.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[A
 
 
 def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, int]:
-    """Return what `allocate` does, filled with `element` in stream order.
+    """Return memory from `allocate`, filled with `element` in stream order, and its address.
 
     Raises
     ------
@@ -180,7 +180,7 @@ def fill(region: Region, index: int, stream: int) -> None:
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-    """Make memory ready to be filled any number of times; see `cuda_fill.prepare`."""
+    """Prepare memory to be filled any number of times; see `cuda_fill.prepare`."""
     return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
 
 
@@ -188,7 +188,7 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
 def _launch(launch: Launch, index: int, stream: int) -> None:
     from cuda import core
 
-    # To cuda.core an int is a signed 64-bit word, and the bits of a tile are any.
+    # To cuda.core, an int is a signed 64-bit word; the bits of a tile can be any.
     arguments = [word if word < 1 << 63 else word - (1 << 64) for word in launch.arguments]
     with cuda_driver.primary_context(index):
         core.launch(_stream(int(stream), index), _config(launch.grid), _kernel(launch.kernel, index), *arguments)
@@ -203,7 +203,7 @@ def _config(grid: int) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _stream(handle: int, index: int) -> Any:
-    """Return a stream object for a handle on a device; 0 is the legacy default stream."""
+    """Return a stream object for a handle on a device; 0 and 1 are the legacy default stream, 2 the per-thread one."""
     from cuda.core import LEGACY_DEFAULT_STREAM, PER_THREAD_DEFAULT_STREAM, Stream
 
     if handle <= 2:
@@ -239,11 +239,11 @@ def _architecture(index: int) -> str:
 
 @functools.cache
 def _cubin(name: str, arch: str) -> bytes:
-    """Return a kernel's machine code; what one process has compiled, the next one reads from cuda.core's cache."""
+    """Return a kernel's machine code; once one process has compiled it, others read it from cuda.core's cache."""
     from cuda.core.utils import FileStreamProgramCache
 
     key = _key(name, arch)
-    with contextlib.suppress(OSError, RuntimeError):  # there is no home, or no right to read there
+    with contextlib.suppress(OSError, RuntimeError):  # there is no home directory, or no permission to read it
         stored = FileStreamProgramCache().get(key)
         if stored:
             return bytes(stored)
@@ -267,14 +267,14 @@ def _key(name: str, arch: str) -> str:
 @functools.cache
 def _kernels() -> tuple[Any, dict[str, tuple[Any, tuple[Any, ...]]]]:
     """Return Numba's CUDA module and the kernels to compile with it."""
-    # Where packages were installed with --target, the .pth that loads it at startup was not processed,
+    # If packages were installed with --target, the .pth file that loads this at startup was not processed,
     # and `numba.cuda` would be the target that is built into Numba.
     importlib.import_module("_numba_cuda_redirector")
     cuda = importlib.import_module("numba.cuda")
 
     from . import numba_kernels
 
-    # Inlined, because to compile a function that is called Numba asks for a device.
+    # Inlined, because Numba needs a device to compile a function that is called.
     return cuda, numba_kernels.kernels(numba_kernels.store, cuda.jit(device=True, inline="always"))
 
 
@@ -318,14 +318,14 @@ def _compile(name: str, arch: str) -> str:
     signature, capability = cuda.types.void(*parameters), divmod(int(number), 10)
     bounds = THREADS, RESIDENT.get(number, RESIDENT_ELSEWHERE)
     ptx, _ = cuda.compile(function, signature, device=False, abi="numba", cc=capability, launch_bounds=bounds)
-    # Numba's names count what the process has compiled before: with names of ours, equal kernels are equal.
+    # Numba's names count what the process has compiled before; with our own names, equal kernels have equal PTX.
     mangled = re.search(r"\.entry (\w+)", ptx)
     assert mangled is not None
     return re.sub(r"\.common .*NumbaEnv.*;\n", "", ptx).replace(mangled[1], name)
 
 
 def _link(ptx: str, arch: str) -> bytes:
-    # To a cubin, here: the PTX of a new compiler would be refused by an older driver.
+    # To a cubin here, because an older driver would refuse the PTX of a newer compiler.
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
     linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch))

@@ -4,7 +4,7 @@ Numba splits every vector into scalars, so the one store that matters is an intr
 the kernels passes it in: a test in the simulator passes one that checks the address instead.
 """
 
-# cuda.threadIdx and its kind are names within a kernel only.
+# cuda.threadIdx and the like exist only within a kernel.
 # mypy: disable-error-code="attr-defined,no-untyped-call"
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STRIDED = (*(types.int64,) * 4, types.uint64, types.uint64, *(types.int64,) * (
 
 @intrinsic
 def store(typing_context: Any, address: Any, width: Any, low: Any, high: Any) -> Any:
-    """Store the first `width` bytes, a literal, of (low, high) at an address that is a multiple of it."""
+    """Store the first `width` bytes of (low, high) at an address that is a multiple of `width`, a literal."""
     if not isinstance(width, types.IntegerLiteral):
         return None  # Numba asks again, with the literal
     nbytes = width.literal_value
@@ -64,14 +64,14 @@ def kernels(
     store : callable
         Stores the first ``width`` bytes of (low, high): ``store(address, width, low, high)``.
     device : callable
-        What makes a function callable from a kernel.
+        Decorator that makes a function callable from a kernel.
 
     Returns
     -------
     dict of str to (function, tuple of types)
         Kernels and the types of their parameters, by name.
     """
-    # In what follows an int is Numba's: fixed in width, and int64 but where a conversion says otherwise.
+    # In what follows, an int is Numba's: of fixed width, and int64 unless a conversion says otherwise.
 
     @device
     def word(offset: Any, low: Any, high: Any) -> Any:
@@ -93,8 +93,8 @@ def kernels(
     ) -> None:
         """Store a thread's units of 16 bytes in a stretch, and its byte of the edges.
 
-        From the one at `first` on every `pace`-th of the `count` that its CTA or warp fills, checked against
-        the stretch's end only where that is near.
+        Every `pace`-th unit from `first` on, of the `count` that its CTA or warp fills, checked against the end
+        of the stretch only near it.
         """
         head = min(-address & 15, nbytes)
         units = (nbytes - head) // TILE
@@ -166,7 +166,7 @@ def kernels(
                 return
             offset = (thread & ((1 << shift) - 1)) * width
             index = index_type(thread >> shift)
-            # Division is what costs here: none for dimensions that are not there.
+            # Division is what costs here: none is done for dimensions that do not exist.
             if length3 > 1:
                 outer = index // index_type(length3)
                 address += np.int64(index - outer * index_type(length3)) * stride3

@@ -1,9 +1,9 @@
-"""What there is to fill, as pure integers: regions of memory, and the runs of bytes they come down to.
+"""What to fill, as pure integers: regions of memory, and the runs of bytes that they come down to.
 
-A constant of any dtype is 16 bytes: the bytes of an element, repeated, are a *tile*, since 1, 2, 4, 8
-and 16 all divide 16. A *run* is a stretch of bytes to cover with a tile, or a row of such stretches at
-a fixed pitch. Tiles are in absolute phase, the byte at address ``A`` is ``tile[A % 16]``, so a kernel
-stores them at any 16-byte boundary without rotating, and one tile serves all stretches of a run.
+A constant of any dtype comes down to 16 bytes, a *tile*: the bytes of an element, repeated, since 1, 2, 4,
+8 and 16 all divide 16. A *run* is a stretch of bytes to cover with a tile, or a row of such stretches at a
+fixed pitch. Tiles are in absolute phase: the byte at address ``A`` is ``tile[A % 16]``. So a kernel stores
+them at any 16-byte boundary without rotating, and one tile serves all stretches of a run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ TILE = 16
 #: A CTA of a GPU kernel: 256 threads, four 16-byte stores each.
 THREADS = 256
 BLOCK = THREADS * 4 * TILE
-#: CTAs that an SM has threads for, by compute capability, where those are not 1536 ("Maximum number of resident
-#: threads per SM" in the CUDA C++ Programming Guide): a kernel is to take no more registers than all of them have.
+#: CTAs that an SM has threads for, by compute capability, unless it has 1536 threads ("Maximum number of resident
+#: threads per SM" in the CUDA C++ Programming Guide): a kernel must use few enough registers for all to be resident.
 RESIDENT = {"75": 4, "80": 8, "90": 8, "100": 8, "103": 8}
 RESIDENT_ELSEWHERE = 6
-#: What a warp fills of a run in a table: eight 16-byte stores a lane.
+#: The part of a run that a warp fills: eight 16-byte stores per lane.
 LANES = 32
 CHUNK = LANES * 8 * TILE
-#: Lengths that a strided kernel takes as parameters, the outermost dimension's not among them.
+#: How many lengths a strided kernel takes as parameters, that of the outermost dimension not counted.
 INNER_LENGTHS = 3
 
 #: One run: ``count`` stretches of ``nbytes`` bytes, ``pitch`` bytes from one to the next.
@@ -60,7 +60,7 @@ class Region(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that filling it writes, an address counted once for each index that leads there."""
+        """Bytes that filling it writes; an address counts once for each index that leads to it."""
         return len(self.element) * math.prod(self.shape)
 
 
@@ -77,9 +77,9 @@ def contiguous_strides(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]
 def normalised(region: Region) -> Region:
     """Return the region of the same bytes with the fewest dimensions.
 
-    Dimensions of length 1 and of stride 0 are dropped, negative strides flipped, dimensions sorted by
-    stride, outermost first, and merged where one continues the next. An empty region stays one
-    dimension of length 0.
+    Dimensions of length 1 or stride 0 are dropped, negative strides are flipped, and dimensions are
+    sorted by stride, outermost first, and merged where one continues the next. An empty region becomes
+    one dimension of length 0.
     """
     address, shape, strides, element = region
     if len(shape) == 1 and strides[0] == len(element) and shape[0] > 1:
@@ -128,14 +128,14 @@ def as_run(region: Region) -> tuple[int, ...] | None:
     if len(shape) > 1 or strides[0] % itemsize or strides[0] < inner:
         return None
     if inner < LANES * math.gcd(TILE, address, inner, strides[0]):
-        return None  # a warp would store one piece a lane and fewer: cheaper piece by piece
+        return None  # a warp would store less than one piece per lane: cheaper piece by piece
     return (address, inner, strides[0], shape[0], *tile(address, element))
 
 
 def stretch(region: Region) -> tuple[int, int, int, int] | None:
-    """Return address, bytes and tile of a region in C order without gaps, None for any other.
+    """Return the address, bytes and tile of a region that is C-contiguous and not empty, None for any other.
 
-    The short way to `run_launch`, for the region that most calls are about.
+    The short way to `run_launch`, for the kind of region that most calls fill.
     """
     address, shape, strides, element = region
     if 0 in shape or strides != contiguous_strides(shape, len(element)):
@@ -149,7 +149,7 @@ def piece(region: Region) -> int:
 
 
 def widened(region: Region) -> Region:
-    """Return the region of the same bytes in the widest elements that its inner stretches are made of."""
+    """Return the region of the same bytes with the widest elements that its inner stretches can be cut into."""
     address, shape, strides, element = region
     itemsize = len(element)
     if not shape or strides[-1] != itemsize:
@@ -162,14 +162,14 @@ def widened(region: Region) -> Region:
 
 
 class Launch(NamedTuple):
-    """One launch of a GPU kernel, with `THREADS` threads a CTA.
+    """One launch of a GPU kernel, with `THREADS` threads per CTA.
 
     Attributes
     ----------
     kernel : str
         ``"fill_run"``, ``"fill_rows"``, ``"fill_runs"``, ``"fill_strided32"`` or ``"fill_strided64"``.
     grid : int
-        CTAs.
+        Number of CTAs.
     arguments : tuple of int
         The kernel's parameters, each of 64 bits.
     """
@@ -185,7 +185,7 @@ def run_launch(address: int, nbytes: int, tile_low: int, tile_high: int) -> Laun
 
 
 def row_launch(address: int, nbytes: int, pitch: int, count: int, tile_low: int, tile_high: int) -> Launch:
-    """Return the launch that fills one run, of fields as in `RUN`, at least one byte."""
+    """Return the launch that fills one run of at least one byte, given its fields as in `RUN`."""
     if count == 1:
         return run_launch(address, nbytes, tile_low, tile_high)
     chunks = count * -(-nbytes // CHUNK)
@@ -193,7 +193,7 @@ def row_launch(address: int, nbytes: int, pitch: int, count: int, tile_low: int,
 
 
 def region_launches(region: Region) -> Iterable[Launch]:
-    """Return the launches that fill one region, any; they need no table."""
+    """Return the launches that fill any one region; they need no table."""
     only = stretch(region)
     if only is not None:
         return [run_launch(*only)]
@@ -230,7 +230,7 @@ def table_launch(address: int, words: np.ndarray) -> Launch:
 def strided_launches(region: Region) -> Iterator[Launch]:
     """Return the launches that fill a normalised region of at least one element.
 
-    One, unless the region has more dimensions than the kernel. Its arguments are the address of the
+    One, unless the region has more dimensions than the kernel takes. Its arguments are the address of the
     first element, the number of pieces to store, the bytes in a piece, the binary logarithm of the
     pieces in an element, the element as two words, the lengths of all dimensions but the outermost and
     the strides of all.
