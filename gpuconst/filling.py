@@ -86,7 +86,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
 
         filled: T = eagerly(fill, x, fill_value, stream=stream)  # type: ignore[arg-type]
         return filled
-    is_torch = is_tensor(x)
+    is_torch = type(x) is not np.ndarray and is_tensor(x)
     if is_torch:
         check_eager()
     found = _at_sight(x, fill_value, is_torch) if stream is None else None
