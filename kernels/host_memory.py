@@ -48,8 +48,8 @@ class _Block:
 
     __slots__ = ("address", "idle_references", "memory", "nbytes", "used", "zeroed")
 
-    def __init__(self, nbytes: int) -> None:
-        self.memory, self.address = _map(nbytes)
+    def __init__(self, nbytes: int, *, huge_pages: bool = True) -> None:
+        self.memory, self.address = _map(nbytes, huge_pages)
         self.nbytes = nbytes
         self.used = 0  # of a slab
         self.zeroed = True
@@ -97,7 +97,8 @@ def reserve(nbytes: int) -> tuple[Map, int, bool]:
     try:
         slab = _open.pop()
     except IndexError:
-        slab = _recycled(SLAB) or _Block(SLAB)
+        # The first one in small pages: for a few small arrays a huge page would take longer to touch than all the rest.
+        slab = _recycled(SLAB) or _Block(SLAB, huge_pages=False)
     start = slab.used
     if getrefcount(slab.memory) == slab.idle_references:
         start = 0  # reuse it: it is still in the cache
@@ -124,9 +125,9 @@ def _recycled(nbytes: int) -> _Block | None:
     return None
 
 
-def _map(nbytes: int) -> tuple[Map, int]:
+def _map(nbytes: int, huge_pages: bool) -> tuple[Map, int]:
     """Return new memory, all zero, and the address in it where `nbytes` aligned bytes begin."""
-    huge = hasattr(mmap, "MADV_HUGEPAGE")
+    huge = huge_pages and hasattr(mmap, "MADV_HUGEPAGE")
     # Address space is free: untouched pages of the margin never become memory.
     margin = HUGE_PAGE if huge and nbytes >= HUGE_PAGE else 0
     try:

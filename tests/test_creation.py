@@ -406,3 +406,25 @@ def test_a_backend_that_is_asked_for_leaves_the_cpu_alone(run_without_gpu: Calla
 
 def test_the_numpy_backend_makes_the_cpu_the_default(run_without_gpu: Callable[..., str]) -> None:
     assert "device='cpu', backend='numpy'" in run_without_gpu(FAILING.format(device=None), backend="numpy")
+
+
+def test_a_first_small_array_touches_no_huge_page(run_python: Callable[..., str]) -> None:
+    choice = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not choice.exists() or "[madvise]" not in choice.read_text():
+        pytest.skip("the system has no huge pages for those who ask")
+    run_python(
+        """
+        import re
+        from pathlib import Path
+        from gpuconst.kernels.host_fill import fill_stretch
+        from gpuconst.kernels.host_memory import HUGE_PAGE, reserve
+
+        def resident():
+            return 1024 * int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+        before = resident()
+        kept = reserve(4000)
+        fill_stretch(kept[1], 4000, b"1234")
+        assert resident() - before < HUGE_PAGE / 2
+        """
+    )
