@@ -195,22 +195,27 @@ def test_a_stream_that_is_asked_for_waits_for_those_that_arrays_name() -> None:
 FENCES = ("cuEventRecord", "cuStreamWaitEvent", "launch", "cuMemcpyAsync", "cuStreamSynchronize")
 
 
+def used_on(consumer: int, array: gpuconst.Array, use: str) -> Any:
+    """Hand an array to a stream, and return what keeps its memory alive."""
+    if use == "export":
+        return array.__dlpack__(stream=consumer, max_version=(1, 1))
+    if use == "fill":
+        gpuconst.fill(array, 2.0, stream=consumer)
+    elif use == "fill_many":
+        gpuconst.fill_many([array], 2.0, stream=consumer)
+    else:
+        gpuconst.plan_fill([array], 2.0).fill(stream=consumer)
+    return array
+
+
 @pytest.mark.parametrize("use", ["export", "fill", "fill_many", "plan"])
 @on_standin()
 def test_memory_is_given_back_after_the_streams_that_use_it(use: str) -> None:
     producer, consumer = new_stream(), new_stream()
-    arrays = [gpuconst.full(10, 1.0, device="cuda", stream=producer)]
-    if use == "export":
-        arrays = [arrays.pop().__dlpack__(stream=consumer, max_version=(1, 1))]
-    elif use == "fill":
-        gpuconst.fill(arrays[0], 2.0, stream=consumer)
-    elif use == "fill_many":
-        gpuconst.fill_many(arrays, 2.0, stream=consumer)
-    else:
-        gpuconst.plan_fill(arrays, 2.0).fill(stream=consumer)
+    kept = [used_on(consumer, gpuconst.full(10, 1.0, device="cuda", stream=producer), use)]
     names = ("cuEventRecord", "cuStreamWaitEvent", "cuMemFreeAsync")
     before = calls(*names)
-    arrays.clear()
+    kept.clear()
     record, wait, free = calls(*names)[len(before) :]
     event = record.split()[1]
     assert record == f"cuEventRecord {event} stream={consumer:#x}"

@@ -84,20 +84,14 @@ def test_memory_is_of_cupys_pool() -> None:
 @on_cupy
 def test_memory_is_given_back_after_the_streams_that_use_it(use: str) -> None:
     producer, consumer = new_stream(), new_stream()
-    arrays: list[Any] = [gpuconst.full(10, 1.0, device="cuda", stream=producer)]
-    pointer = arrays[0].data_ptr()
-    if use == "export":
-        arrays = [arrays.pop().__dlpack__(stream=consumer, max_version=(1, 1))]
-    elif use == "fill":
-        gpuconst.fill(arrays[0], 2.0, stream=consumer)
-    elif use == "fill_many":
-        gpuconst.fill_many(arrays, 2.0, stream=consumer)
-    else:
-        gpuconst.plan_fill(arrays, 2.0).fill(stream=consumer)
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    pointer = array.data_ptr()
+    kept = [test_cuda_streams.used_on(consumer, array, use)]
+    del array
     made = [gpuconst.full(10, 1.0, device="cuda", stream=producer) for _ in range(3)]
     assert pointer not in [array.data_ptr() for array in made]
     before = calls("cuEventRecord", "cuStreamWaitEvent")
-    arrays.clear()
+    kept.clear()
     record, wait = calls("cuEventRecord", "cuStreamWaitEvent")[len(before) :]
     event = record.split()[1]
     assert record == f"cuEventRecord {event} stream={consumer:#x}"
