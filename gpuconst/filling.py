@@ -17,7 +17,7 @@ from .kernels import host_fill
 from .kernels.cuda_driver import on_any_thread
 from .kernels.runs import Region
 from .log import debug
-from .streams import check_captured, current_streams, stream_handle
+from .streams import check_captured, current_streams, stream_handle, torch_stream
 from .torch_rules import (
     check_eager,
     check_writable,
@@ -91,7 +91,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
         check_eager()
     found = _at_sight(x, fill_value, is_torch) if stream is None else None
     if found is not None:
-        store, arguments = found
+        store, arguments, _ = found
         store(*arguments)
         if is_torch:
             mark_stretch_written(x)
@@ -112,20 +112,30 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     return x
 
 
-def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., None], tuple[Any, ...]] | None:
-    """Return a function that fills a NumPy array or ordinary CPU tensor, and its arguments; None for any other.
+def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., None], tuple[Any, ...], str] | None:
+    """Return a function that fills an ordinary tensor, NumPy array or `Array`, its arguments, and the device.
 
-    These arrays need no closer look, which would cost more than filling up to 64 KiB.
+    Return None for any other array. These need no closer look, which would cost more than filling up to 64 KiB.
     """
     if is_torch:
         found = stretch(x)
         if found is None:
             return None
-        address, nbytes, dtype = found
-        return host_fill.fill_stretch, (address, nbytes, encode(fill_value, resolve_dtype(dtype)))
-    if type(x) is np.ndarray and x.flags.writeable:
-        return host_fill.assign, (x, encode(fill_value, resolve_dtype(x.dtype)))
-    return None
+        address, nbytes, torch_dtype, ordinal = found
+        dtype = resolve_dtype(torch_dtype)
+        place, handle = (None, 0) if ordinal < 0 else (select(f"cuda:{ordinal}"), torch_stream(ordinal))
+    elif type(x) is Array:
+        address, nbytes, dtype, place, handle = x._address, x.nbytes, x._dtype, x._place, x._stream
+    elif type(x) is np.ndarray and x.flags.writeable:
+        return host_fill.assign, (x, encode(fill_value, resolve_dtype(x.dtype))), "cpu"
+    else:
+        return None
+    element = encode(fill_value, dtype)
+    if place is None or place.device == "cpu":
+        return host_fill.fill_stretch, (address, nbytes, element), "cpu"
+    check_captured(handle, place)
+    region = Region(address, (nbytes // dtype.itemsize,), (dtype.itemsize,), element)
+    return place.module.fill, (region, place.ordinal, handle), place.device
 
 
 def _owners_stream(x: Any, view: View, place: Place) -> int:
@@ -189,7 +199,7 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
 
 
 def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
-    """Fill a few small NumPy arrays and ordinary CPU tensors; if any is something else, fill none and return False.
+    """Fill a few small ordinary arrays on the CPU; if any is something else, fill none and return False.
 
     Preparing a launch takes as long as filling a hundred of them. Errors are left for the long way to report.
     """
@@ -204,10 +214,10 @@ def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
             found = _at_sight(x, value, is_tensor(x))
         except (TypeError, ValueError, OverflowError):
             return False
-        if found is None or x.nbytes >= host_fill.SMALLEST_SHARED:
+        if found is None or found[2] != "cpu" or x.nbytes >= host_fill.SMALLEST_SHARED:
             return False
         stores.append(found)
-    for store, arguments in stores:
+    for store, arguments, _ in stores:
         store(*arguments)
     if tensors:
         mark_written(tensors)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 from .backends import Place
 from .kernels import cuda_driver
 from .kernels.cuda_lease import Handle
 
-__all__ = ["check_captured", "consumer_handle", "current_streams", "stream_handle"]
+__all__ = ["check_captured", "consumer_handle", "current_streams", "stream_handle", "torch_stream"]
 
 
 def stream_handle(stream: Any, place: Place) -> int:
@@ -106,27 +105,41 @@ def check_captured(handle: int, place: Place) -> None:
     RuntimeError
         If the current stream of torch or CuPy is another one and is being captured.
     """
-    for theirs, name in _may_be_captured(place.ordinal):
-        if theirs != handle and theirs and cuda_driver.is_capturing(place.ordinal, theirs):
-            raise RuntimeError(
-                f"a CUDA graph is being captured on {name}, and what goes to another stream runs now, not when the "
-                f"graph does; pass stream={name}"
-            )
+    ordinal = place.ordinal
+    torch = torch_stream(ordinal)
+    if torch and torch != handle and cuda_driver.is_capturing(ordinal, torch):
+        raise _would_be_missing(f"torch.cuda.current_stream({ordinal})")
+    cupy = _cupy_stream(ordinal)
+    if cupy and cupy != handle and cuda_driver.is_capturing(ordinal, cupy):
+        raise _would_be_missing(f"cupy.cuda.get_current_stream({ordinal})")
 
 
-def _may_be_captured(ordinal: int) -> Iterator[tuple[int, str]]:
-    """Yield the current stream of each framework, and its name, unless it is known not to be captured."""
-    # A module that is still being imported may lack its parts.
-    torch, cupy = (getattr(sys.modules.get(name), "cuda", None) for name in ("torch", "cupy"))
-    if torch is not None and torch.is_initialized():
-        asked = torch.current_device() == ordinal  # is_current_stream_capturing() knows no other device
-        if not asked or torch.is_current_stream_capturing():
-            yield torch.current_stream(ordinal).cuda_stream, "torch.cuda.current_stream()"
-    if cupy is not None:
-        current = 0
-        with contextlib.suppress(Exception):  # CuPy can be imported and still not work
-            current = cupy.get_current_stream(ordinal).ptr
-        yield current, "cupy.cuda.get_current_stream()"
+def _would_be_missing(stream: str) -> RuntimeError:
+    return RuntimeError(
+        f"a CUDA graph is being captured on {stream}, and what goes to another stream runs now, not when the "
+        f"graph does; pass stream={stream}"
+    )
+
+
+def torch_stream(ordinal: int) -> int:
+    """Return the handle of torch's current stream on a device; 0 if torch has not used CUDA."""
+    torch: Any = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)  # missing while torch is being imported
+    if cuda is None or not cuda.is_initialized():
+        return 0
+    # What torch's compiled code calls; making an object of the stream would take 20 times as long.
+    return cast(int, torch._C._cuda_getCurrentRawStream(ordinal))
+
+
+def _cupy_stream(ordinal: int) -> int:
+    """Return the handle of CuPy's current stream on a device; 0 if CuPy is not in use."""
+    cuda = getattr(sys.modules.get("cupy"), "cuda", None)
+    if cuda is None:
+        return 0
+    try:
+        return cast(int, cuda.get_current_stream(ordinal).ptr)
+    except Exception:  # it can be imported and still not work
+        return 0
 
 
 def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
@@ -145,10 +158,10 @@ def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
         One for each framework that has a current stream there, torch's first.
     """
     handles = []
-    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
-    tensor, array = getattr(torch, "Tensor", ()), getattr(cupy, "ndarray", ())
-    if torch is not None and any(issubclass(kind, tensor) for kind in kinds) and torch.cuda.is_initialized():
-        handles.append(int(torch.cuda.current_stream(ordinal).cuda_stream))
+    cupy = sys.modules.get("cupy")
+    tensor, array = getattr(sys.modules.get("torch"), "Tensor", ()), getattr(cupy, "ndarray", ())
+    if any(issubclass(kind, tensor) for kind in kinds):
+        handles.append(torch_stream(ordinal))
     if cupy is not None and any(issubclass(kind, array) for kind in kinds):
         current = cupy.cuda.get_current_stream(ordinal)
         handles.append(Handle(current.ptr, current))  # CuPy destroys the stream with its object

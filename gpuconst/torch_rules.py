@@ -160,8 +160,10 @@ def check_writable(tensor: Any) -> None:
         raise ValueError("the tensor is a lazy negative or conjugate view; use x.fill_(), or fill what it is a view of")
 
 
-def stretch(tensor: Any) -> tuple[int, int, Any] | None:
-    """Return the address, bytes and dtype of a CPU tensor that is one stretch of memory and may be written.
+def stretch(tensor: Any) -> tuple[int, int, Any, int] | None:
+    """Return the address, bytes, dtype and device of a tensor that is one stretch of memory and may be written.
+
+    The device is -1 for the CPU, else the index of the GPU.
 
     Return None for any other tensor, which `check_writable` and a look at its strides then deal with. Called
     before them, because it takes a third of their time.
@@ -173,7 +175,9 @@ def stretch(tensor: Any) -> tuple[int, int, Any] | None:
     """
     torch = sys.modules["torch"]
 
-    if type(tensor) not in _plain_types() or not tensor.is_cpu or torch.autograd.forward_ad._current_level >= 0:
+    if type(tensor) not in _plain_types() or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    if not (tensor.is_cpu or tensor.is_cuda):
         return None
     try:
         address = tensor.data_ptr()
@@ -188,7 +192,7 @@ def stretch(tensor: Any) -> tuple[int, int, Any] | None:
     nbytes, dtype = tensor.nbytes, tensor.dtype
     if tensor.storage_offset() * dtype.itemsize + nbytes > tensor.untyped_storage().nbytes():
         return None
-    return address, nbytes, dtype
+    return address, nbytes, dtype, tensor.get_device()
 
 
 def mark_stretch_written(tensor: Any) -> None:
@@ -283,6 +287,7 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     torch = sys.modules["torch"]
 
     count, tensor_type = len(tensors), torch.Tensor
+    is_cpu, is_cuda = operator.attrgetter("is_cpu"), operator.attrgetter("is_cuda")
 
     def read(fact: Callable[[Any], Any], dtype: Any = np.bool_) -> np.ndarray:
         return np.fromiter(map(fact, tensors), dtype, count)
@@ -320,10 +325,10 @@ def _columns(tensors: Sequence[Any]) -> Columns:
     if any(dtype.is_complex for dtype in itemsizes):
         plain &= false(tensor_type.is_conj)
     devices = np.full(count, -1)
-    on_cpu = true(operator.attrgetter("is_cpu"))
-    if on_cpu is not True:
+    if not all(map(is_cpu, tensors)):
         devices = read(tensor_type.get_device, np.int64)
-        plain &= on_cpu | read(operator.attrgetter("is_cuda"))
+        if not all(map(is_cuda, tensors)):
+            plain &= read(is_cpu) | read(is_cuda)
     if not torch.is_inference_mode_enabled():
         plain &= false(tensor_type.is_inference)
     if torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import math
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_MOST_PARAMETERS = 16
 
 
 def why_not(index: int) -> str | None:
@@ -199,29 +201,55 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
 
 
+class _Parameters:
+    """A kernel's parameters as `cuLaunchKernel` takes them: words, and a pointer to each."""
+
+    __slots__ = ("_pointers", "address", "words")
+
+    def __init__(self) -> None:
+        self.words: Any = (ctypes.c_uint64 * _MOST_PARAMETERS)()
+        start = ctypes.addressof(self.words)
+        self._pointers = (ctypes.c_void_p * _MOST_PARAMETERS)(*range(start, start + ctypes.sizeof(self.words), 8))
+        self.address = ctypes.addressof(self._pointers)
+
+
+# Kept, because making them costs as much as the launch; never more than there were launches at once.
+_parameters: list[_Parameters] = []
+
+
 @cuda_fill.capturable
 def _launch(launch: Launch, index: int, stream: int) -> None:
     arguments = launch.arguments
     if launch.kernel == "fill_run":
         threads = launch.grid * THREADS
         arguments = (*arguments, threads, threads, 0)  # of the indexer: its size, its only length, and its index
-    cuda_driver.launch(_function(launch.kernel, index).ptr, launch.grid, THREADS, arguments, index, stream)
+    function, start = _function(launch.kernel, index)
+    try:
+        parameters = _parameters.pop()
+    except IndexError:
+        parameters = _Parameters()
+    parameters.words[: len(arguments)] = arguments
+    with cuda_driver.primary_context(index):
+        start(function.ptr, launch.grid, 1, 1, THREADS, 1, 1, 0, stream, parameters.address, 0)
+    _parameters.append(parameters)
 
 
 @functools.cache
-def _function(name: str, index: int) -> Any:
-    """Return a kernel that CuPy compiled and loaded.
+def _function(name: str, index: int) -> tuple[Any, Callable[..., None]]:
+    """Return a kernel that CuPy compiled and loaded, and CuPy's own binding of the driver's launch.
 
-    It is launched by its handle: over a driver that does nothing, that takes a quarter of the time that it
-    takes to enter the device and the stream and call CuPy's elementwise kernel.
+    Launched by its handle: over a driver that does nothing, that takes a quarter of the time that it takes to
+    enter the device and the stream and call CuPy's elementwise kernel.
     """
     import cupy
 
     with cupy.cuda.Device(index):
         if name == "fill_run":
             arguments, types = _signature()
-            return _fill_run()._get_elementwise_kernel(index, arguments, types)
-        return cupy.RawKernel(_RAW[name], name).kernel
+            function = _fill_run()._get_elementwise_kernel(index, arguments, types)
+        else:
+            function = cupy.RawKernel(_RAW[name], name).kernel
+    return function, cupy.cuda.driver.launchKernel
 
 
 @functools.lru_cache(maxsize=64)

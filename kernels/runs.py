@@ -138,9 +138,10 @@ def stretch(region: Region) -> tuple[int, int, int, int] | None:
     The short way to `run_launch`, for the kind of region that most calls fill.
     """
     address, shape, strides, element = region
-    if 0 in shape or strides != contiguous_strides(shape, len(element)):
+    itemsize = len(element)
+    if 0 in shape or strides != (contiguous_strides(shape, itemsize) if len(shape) > 1 else (itemsize,) * len(shape)):
         return None
-    return (address, region.nbytes, *tile(address, element))
+    return (address, itemsize * math.prod(shape), *tile(address, element))
 
 
 def piece(region: Region) -> int:
