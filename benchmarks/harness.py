@@ -200,7 +200,7 @@ class _Contest:
         except RuntimeError as error:
             if entry.ours:
                 raise
-            self._missing[index][entry.label] = str(error).splitlines()[-1]  # said in the table
+            self._missing[index][entry.label] = str(error).splitlines()[0]  # said in the table
             return False
         return True
 

@@ -48,7 +48,7 @@ class Worker:
         MissingError
             If a contender cannot take part.
         RuntimeError
-            If the worker failed; the message ends with its output.
+            If the worker failed; the first line of the message says why, and its output follows.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -61,13 +61,13 @@ class Worker:
         if not line:
             self._log.seek(0)
             raise RuntimeError(
-                f"the worker ended with status {self._process.wait()} during {arguments}:\n{self._log.read()[-4000:]}"
+                f"the worker ended with status {self._process.wait()}\nduring {arguments}:\n{self._log.read()[-4000:]}"
             )
         reply = json.loads(line)
         if "missing" in reply:
             raise MissingError(reply["missing"])
         if "error" in reply:
-            raise RuntimeError(f"the worker failed during {arguments}:\n{reply['error']}")
+            raise RuntimeError(f"{reply['error']}during {arguments}")
         return reply["value"]
 
     def __enter__(self) -> Worker:

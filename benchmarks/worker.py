@@ -82,6 +82,12 @@ def _repetitions(run: Callable[[], Any], target: float) -> int:
     return max(1, round(number * target / seconds)) if number > 1 else 1
 
 
+def failure(error: Exception) -> dict[str, str]:
+    """Return a reply whose first line says what is wrong; its traceback follows."""
+    said, _, _ = str(error).strip().partition("\n")
+    return {"error": f"{type(error).__name__}: {said}\n{traceback.format_exc()}"}
+
+
 def main() -> None:
     """Serve until the pipe is closed."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -96,9 +102,9 @@ def main() -> None:
             reply = {"missing": str(error)}
         except ImportError as error:
             ours = (error.name or "").partition(".")[0] in ("benchmarks", "gpuconst")
-            reply = {"error": traceback.format_exc()} if ours else {"missing": str(error)}
-        except Exception:
-            reply = {"error": traceback.format_exc()}
+            reply = failure(error) if ours else {"missing": str(error)}
+        except Exception as error:
+            reply = failure(error)
         print(json.dumps(reply), file=replies, flush=True)
 
 

@@ -46,7 +46,7 @@ def about(error: Exception, what: str, way_out: str = "") -> Exception:
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or the name of its type if it has none."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class DeviceUnavailableError(RuntimeError):

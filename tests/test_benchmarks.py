@@ -21,6 +21,7 @@ from benchmarks.processes import Worker, environment
 from benchmarks.results import CaseResult, Results, RowResult, read, write
 from benchmarks.statistics import Summary, ratio, summary
 from benchmarks.table import BUSY, case_table, document, markdown, quantity, ratio_cell, size, summary_table
+from benchmarks.worker import failure
 
 
 def _row(label: str, x: float, ours: float, numpy: float, torch: float) -> RowResult:
@@ -336,9 +337,14 @@ def test_who_is_missing_is_remarked_and_takes_no_turn(monkeypatch: pytest.Monkey
 def test_worker_says_what_failed(tmp_path: Path) -> None:
     tree = trees.snapshot(None, tmp_path / "tree")
     with Worker(environment(tree, False, {})) as worker:
-        with pytest.raises(RuntimeError, match="no_such_case"):
+        with pytest.raises(RuntimeError, match=r"^ModuleNotFoundError: .*no_such_case'\n"):
             worker.ask("prepare", case="no_such_case", row=0, contender="", quick=True)
         worker.ask("forget")  # it goes on
+
+
+def test_failure_begins_with_what_is_wrong() -> None:
+    failed = failure(RuntimeError("\nthere is no compiler\n\nSet VERBOSE=1 for more\n"))
+    assert failed["error"].startswith("RuntimeError: there is no compiler\n")
 
 
 def test_worker_that_ends_says_so(tmp_path: Path) -> None:

@@ -54,6 +54,21 @@ def torch_cuda() -> Any:
     return torch
 
 
+def jax_cuda() -> Any:
+    """Return JAX, with CUDA in use.
+
+    Raises
+    ------
+    MissingError
+        If this JAX has no CUDA: it would fill on the CPU.
+    """
+    import jax
+
+    if jax.default_backend() != "gpu":
+        raise MissingError("this JAX cannot use CUDA")
+    return jax
+
+
 def need(nbytes: int) -> None:
     """Raise MissingError unless twice as many bytes are free on the card."""
     free, _ = torch_cuda().cuda.mem_get_info()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from operator import methodcaller
 from typing import Any
 
-from benchmarks.cases.cuda_time import GIB, need, on_each_backend, torch_cuda, total_seconds
+from benchmarks.cases.cuda_time import GIB, jax_cuda, need, on_each_backend, torch_cuda, total_seconds
 from benchmarks.contest import VALUE, Case, Contender, Row
 from benchmarks.table import size
 
@@ -40,8 +40,7 @@ def _cupy(length: int) -> Callable[[], Any]:
 
 
 def _jax(length: int) -> Callable[[], Any]:
-    import jax.numpy as jnp
-
+    jnp = jax_cuda().numpy
     return lambda: jnp.full((length,), VALUE, "float32")
 
 

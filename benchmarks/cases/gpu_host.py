@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.cases import cuda_fillers
-from benchmarks.cases.cuda_time import host_seconds, on_each_backend, torch_cuda
+from benchmarks.cases.cuda_time import host_seconds, jax_cuda, on_each_backend, torch_cuda
 from benchmarks.contest import VALUE, Case, Contender, Row
 
 _LENGTH = 1024
@@ -80,8 +80,7 @@ def _cupy_full() -> tuple[Callable[[], Any], Any]:
 
 
 def _jax_full() -> tuple[Callable[[], Any], Any]:
-    import jax.numpy as jnp
-
+    jnp = jax_cuda().numpy
     return lambda: jnp.full((_LENGTH,), VALUE, "float32"), None
 
 
