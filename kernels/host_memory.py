@@ -46,13 +46,12 @@ class Map(mmap.mmap):
 class _Block:
     """Memory to hand out, and how to tell that nothing lives in it: its map has no other references."""
 
-    __slots__ = ("address", "idle_references", "memory", "nbytes", "used", "zeroed")
+    __slots__ = ("address", "idle_references", "memory", "nbytes", "used")
 
     def __init__(self, nbytes: int, *, huge_pages: bool = True) -> None:
         self.memory, self.address = _map(nbytes, huge_pages)
         self.nbytes = nbytes
         self.used = 0  # of a slab
-        self.zeroed = True
         self.idle_references = getrefcount(self.memory)
 
 
@@ -89,11 +88,12 @@ def reserve(nbytes: int) -> tuple[Map, int, bool]:
         If the system has no memory left.
     """
     if nbytes > LARGEST_CARVED:
-        block = _recycled(nbytes) or _Block(nbytes)
-        memory, zeroed, block.zeroed = block.memory, block.zeroed, False
+        recycled = _recycled(nbytes)
+        block = recycled or _Block(nbytes)
+        memory = block.memory
         if nbytes <= LARGEST_KEPT:
             _recent.append(block)
-        return memory, block.address, zeroed
+        return memory, block.address, recycled is None
     try:
         slab = _open.pop()
     except IndexError:

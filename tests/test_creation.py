@@ -71,6 +71,13 @@ def test_zeros_where_something_was_before(nbytes: int) -> None:
     assert not gpuconst.zeros(nbytes, dtype="uint8", device="cpu").to_numpy().any()
 
 
+def test_zeros_where_small_arrays_were_before() -> None:
+    several_slabs = [full(900 * KIB, 1, dtype="uint8") for _ in range(6)]
+    del several_slabs
+    for _ in range(3):
+        assert not full(1500 * KIB, 0, dtype="uint8").to_numpy().any()
+
+
 @pytest.mark.parametrize("nbytes", [400, 512 * KIB, 4 * MIB, 40 * MIB])
 def test_negative_zero_is_no_zero(nbytes: int) -> None:
     array = full(nbytes // 4, -0.0).to_numpy()
