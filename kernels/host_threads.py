@@ -91,7 +91,7 @@ class _Helper:
         _thread.start_new_thread(self._serve, ())
 
     def wake(self) -> None:
-        if self._asleep.locked():
+        with contextlib.suppress(RuntimeError):  # it is awake already; a look first could be out of date
             self._asleep.release()
 
     def _serve(self) -> None:
