@@ -305,9 +305,8 @@ def _columns(tensors: Sequence[Any]) -> Columns:
         except RuntimeError:  # a sparse or transformed tensor has no memory of its own
             ordinary = False
     if not ordinary:
-        nothing = np.zeros(count, np.int64)
-        unknown = [None] * count
-        return Columns(nothing.astype(np.bool_), nothing.astype(np.uint64), nothing.astype(np.uint64), nothing, unknown)
+        unknown = np.zeros(count, np.uint64)
+        return Columns(np.zeros(count, np.bool_), unknown, unknown, np.full(count, -1), [None] * count)
     nbytes = read(operator.attrgetter("nbytes"), np.uint64)
     dtypes = list(map(operator.attrgetter("dtype"), tensors))
     itemsizes = {dtype: dtype.itemsize for dtype in set(dtypes)}
