@@ -88,8 +88,9 @@ def computed_weights(owner: torch.nn.Module) -> Iterator[Computed]:
     if "parametrizations" in owner._modules and is_parametrized(owner):
         for name, parametrizations in owner.parametrizations.items():  # type: ignore[union-attr, operator]
             yield _parametrized(name, parametrizations)
-    for hook in _weight_norms(owner):
-        yield _weight_normed(owner, hook)
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            yield _weight_normed(owner, hook)
 
 
 def _weight_normed(owner: torch.nn.Module, hook: WeightNorm) -> Computed:
@@ -142,7 +143,3 @@ def refresh(owner: torch.nn.Module) -> None:
             setattr(owner, hook.name, hook.compute_weight(owner, do_power_iteration=False))
         elif isinstance(hook, WeightNorm | BasePruningMethod):
             hook(owner, None)
-
-
-def _weight_norms(owner: torch.nn.Module) -> list[WeightNorm]:
-    return [hook for hook in owner._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
