@@ -6,15 +6,16 @@ import ctypes
 import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gpuconst.errors import first_line
 
-from . import cuda_driver, cuda_fill
+from . import cuda_driver
 from .cuda_driver import INSTALL, copy, current_index, order, synchronize
+from .cuda_fill import Filler
 from .cuda_lease import Handle, Lease, give_back, hand_over
 from .runs import (
     BLOCK,
@@ -26,9 +27,6 @@ from .runs import (
     THREADS,
     TILE,
     Launch,
-    Region,
-    run_launch,
-    tile,
 )
 
 __all__ = [
@@ -175,32 +173,6 @@ def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[A
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(part, 0))
 
 
-def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, int]:
-    """Return memory from `allocate`, filled with `element` in stream order, and its address.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If the device has no room.
-    RuntimeError
-        If a CUDA graph is being captured.
-    """
-    memory, address = allocate(nbytes, index, stream)
-    if nbytes:
-        _launch(run_launch(address, nbytes, *tile(address, element)), index, stream)
-    return memory, address
-
-
-def fill(region: Region, index: int, stream: int) -> None:
-    """Fill a region of device memory, in stream order; see `cuda_fill.fill`."""
-    cuda_fill.fill(region, index, stream, _launch)
-
-
-def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-    """Prepare memory to be filled any number of times; see `cuda_fill.prepare`."""
-    return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
-
-
 class _Parameters:
     """A kernel's parameters as `cuLaunchKernel` takes them: words, and a pointer to each."""
 
@@ -217,8 +189,7 @@ class _Parameters:
 _parameters: list[_Parameters] = []
 
 
-@cuda_fill.capturable
-def _launch(launch: Launch, index: int, stream: int) -> None:
+def _start(launch: Launch, index: int, stream: int) -> None:
     arguments = launch.arguments
     if launch.kernel == "fill_run":
         threads = launch.grid * THREADS
@@ -250,6 +221,10 @@ def _function(name: str, index: int) -> tuple[Any, Callable[..., None]]:
         else:
             function = cupy.RawKernel(_RAW[name], name).kernel
     return function, cupy.cuda.driver.launchKernel
+
+
+_filler = Filler(allocate, _start)
+full, fill, prepare = _filler.full, _filler.fill, _filler.prepare
 
 
 @functools.lru_cache(maxsize=64)

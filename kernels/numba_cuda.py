@@ -9,7 +9,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ import numpy as np
 
 from gpuconst.errors import first_line
 
-from . import cuda_driver, cuda_fill
+from . import cuda_driver
 from .cuda_driver import INSTALL, copy, current_index, order, synchronize
+from .cuda_fill import Filler
 from .cuda_lease import Lease, give_back, hand_over
-from .runs import RESIDENT, RESIDENT_ELSEWHERE, THREADS, Launch, Region, run_launch, tile
+from .runs import RESIDENT, RESIDENT_ELSEWHERE, THREADS, Launch
 
 __all__ = [
     "allocate",
@@ -158,40 +159,12 @@ def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[A
         return StridedMemoryView.from_buffer(part, shape, dtype=dtype)
 
 
-def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, int]:
-    """Return memory from `allocate`, filled with `element` in stream order, and its address.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If the device has no room.
-    RuntimeError
-        If a CUDA graph is being captured.
-    """
-    memory, address = allocate(nbytes, index, stream)
-    if nbytes:
-        _launch(run_launch(address, nbytes, *tile(address, element)), index, stream)
-    return memory, address
-
-
-def fill(region: Region, index: int, stream: int) -> None:
-    """Fill a region of device memory, in stream order; see `cuda_fill.fill`."""
-    cuda_fill.fill(region, index, stream, _launch)
-
-
-def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-    """Prepare memory to be filled any number of times; see `cuda_fill.prepare`."""
-    return cuda_fill.prepare(runs, strided, index, stream, allocate, _launch)
-
-
-@cuda_fill.capturable
-def _launch(launch: Launch, index: int, stream: int) -> None:
-    from cuda import core
-
+def _start(launch: Launch, index: int, stream: int) -> None:
     # To cuda.core, an int is a signed 64-bit word; the bits of a tile can be any.
     arguments = [word if word < 1 << 63 else word - (1 << 64) for word in launch.arguments]
+    kernel, start = _kernel(launch.kernel, index)
     with cuda_driver.primary_context(index):
-        core.launch(_stream(int(stream), index), _config(launch.grid), _kernel(launch.kernel, index), *arguments)
+        start(_stream(int(stream), index), _config(launch.grid), kernel, *arguments)
 
 
 @functools.lru_cache(maxsize=256)
@@ -199,6 +172,10 @@ def _config(grid: int) -> Any:
     from cuda.core import LaunchConfig
 
     return LaunchConfig(grid=grid, block=THREADS)
+
+
+_filler = Filler(allocate, _start)
+full, fill, prepare = _filler.full, _filler.fill, _filler.prepare
 
 
 @functools.lru_cache(maxsize=64)
@@ -226,10 +203,12 @@ def _pool(index: int) -> Any:
 
 
 @functools.cache
-def _kernel(name: str, index: int) -> Any:
-    from cuda.core import ObjectCode
+def _kernel(name: str, index: int) -> tuple[Any, Callable[..., None]]:
+    """Return a kernel, compiled and loaded, and the function that launches it."""
+    from cuda.core import ObjectCode, launch
 
-    return ObjectCode.from_cubin(_cubin(name, _architecture(index)), name=name).get_kernel(name)
+    with cuda_driver.primary_context(index):
+        return ObjectCode.from_cubin(_cubin(name, _architecture(index)), name=name).get_kernel(name), launch
 
 
 def _architecture(index: int) -> str:
