@@ -84,7 +84,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     if compiling():
         from .torch_eager import eagerly
 
-        filled: T = eagerly(fill, x, fill_value, stream=stream)  # type: ignore[arg-type]
+        filled: T = eagerly(fill, x, fill_value, stream=stream)
         return filled
     is_torch = type(x) is not np.ndarray and is_tensor(x)
     if is_torch:
@@ -255,7 +255,8 @@ def plan_fill(xs: Iterable[Any], fill_values: Any) -> FillPlan:
     if compiling():
         from .torch_eager import eagerly
 
-        return eagerly(FillPlan, xs, fill_values)
+        plan: FillPlan = eagerly(FillPlan, xs, fill_values)
+        return plan
     return FillPlan(xs, fill_values)
 
 

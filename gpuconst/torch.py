@@ -95,7 +95,8 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
     if compiling():
         from .torch_eager import eagerly
 
-        return eagerly(materialize_, module, rules, device=device)  # type: ignore[arg-type]
+        materialized: M = eagerly(materialize_, module, rules, device=device)
+        return materialized
     start = time.perf_counter()
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"module is {type(module).__name__}, expected a torch.nn.Module")

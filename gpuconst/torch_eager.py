@@ -6,15 +6,12 @@ Imported when torch.compile first encounters such code.
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch._dynamo import trace_rules
 
 __all__ = ["eagerly"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # Between its graphs, torch.compile still traces what is called there, down to the kernels, except in files
 # on its skip list, which it runs. The Keras initializers stay off that list: they have code for it to trace.
@@ -24,12 +21,7 @@ for _name in [*_here, "gpuconst.kernels"]:
         trace_rules.add(_name)
 
 
-def eagerly(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call a function between two graphs: torch.compile breaks its graph here."""
-    result: R = _unread(function, *args, **kwargs)
-    return result
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _unread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def eagerly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function between two graphs: torch.compile breaks its graph here."""
     return function(*args, **kwargs)

@@ -57,7 +57,7 @@ def on_standin(**settings: int | str) -> Callable[[Callable[Parameters, None]], 
         @functools.wraps(body)
         def test(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> None:
             process = _process(tuple(sorted(settings.items())))
-            process.submit(_call, body.__module__, body.__qualname__, arguments, keywords).result()
+            process.submit(_call, body.__module__, body.__qualname__, arguments, keywords).result(timeout=300)
 
         return test
 
