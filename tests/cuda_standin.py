@@ -50,7 +50,7 @@ def on_standin(**settings: int | str) -> Callable[[Callable[Parameters, None]], 
     ----------
     **settings : int or str
         Environment variables for the process, `libcuda.c` names its own; with ``STANDIN_RUNTIME`` CuPy gets
-        the stand-in's runtime too. Tests with the same settings share a process.
+        the stand-in's runtime too, with ``STANDIN_TORCH`` torch. Tests with the same settings share a process.
     """
 
     def decorate(body: Callable[Parameters, None]) -> Callable[Parameters, None]:
@@ -73,6 +73,7 @@ def environment(**settings: int | str) -> dict[str, str]:
         "XDG_CACHE_HOME": str(_library()),
         "CUPY_CACHE_DIR": str(_library() / "cupy"),
         "GPUCONST_BACKEND": "numba",
+        **({"LD_PRELOAD": str(_library() / "torch_cudart.so")} if "STANDIN_TORCH" in settings else {}),
         **{name: str(value) for name, value in settings.items()},
     }
 
@@ -86,10 +87,12 @@ def _library() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="gpuconst-standin-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     flags = ["-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
-    driver, runtime = folder / "libcuda.so.1", folder / "cudart.so"
+    driver = folder / "libcuda.so.1"
     driver_flags = ["-Wl,-soname,libcuda.so.1", "-ldl", "-lpthread"]
     subprocess.run([compiler, *flags, "-o", driver, _SOURCES / "libcuda.c", *driver_flags], check=True)
-    subprocess.run([compiler, *flags, "-o", runtime, _SOURCES / "cudart.c", driver], check=True)
+    for runtime in ("cudart", "torch_cudart"):
+        source, library = _SOURCES / f"{runtime}.c", folder / f"{runtime}.so"
+        subprocess.run([compiler, *flags, "-o", library, source, driver], check=True)
     return folder
 
 

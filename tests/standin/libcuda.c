@@ -266,6 +266,12 @@ int cuDevicePrimaryCtxRelease_v2(int on) {
   return SUCCESS;
 }
 
+int cuDevicePrimaryCtxGetState(int on, unsigned *flags, int *active) { /* torch's */
+  (void)on;
+  *flags = 0, *active = 1;
+  return SUCCESS;
+}
+
 int cuCtxGetCurrent(Context **context) {
   *context = depth ? stack[depth - 1] : NULL;
   return SUCCESS;
