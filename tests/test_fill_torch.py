@@ -237,6 +237,13 @@ def test_a_view_into_what_is_left_of_a_storage_is_filled() -> None:
     assert view.tolist() == [5, 5, 5]
 
 
+def test_of_a_storage_that_was_freed_nothing_is_missing_from_an_empty_view() -> None:
+    x = torch.ones(30)
+    view = x[30:]
+    x.untyped_storage().resize_(0)
+    assert gpuconst.fill(view, 5.0) is view
+
+
 def test_a_copy_on_write_tensor_gets_memory_of_its_own() -> None:
     x = torch.ones(3)
     copied = x._lazy_clone()

@@ -204,6 +204,15 @@ def test_array_values_are_broadcast(convert: Callable[..., Any]) -> None:
         constant(convert([1.0, 2.0]))(None, (3,))
 
 
+@pytest.mark.parametrize("name", ["bool", "int8", "complex64", "bfloat16", "float8_e4m3fn"])
+def test_array_values_of_every_kind(name: str) -> None:
+    value = np.array([0, 1]).astype(DTYPES[name].numpy)
+    made = constant(value)(None, (3, 2), name)
+    expected = jax.nn.initializers.constant(value)(jax.random.key(0), (3, 2), name)
+    assert made.dtype == expected.dtype
+    assert np.asarray(made).tobytes() == np.asarray(expected).tobytes()
+
+
 # As an object.
 
 

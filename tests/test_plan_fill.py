@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from many import Entry, FreshBuffer, cases, filled, noise
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import swap_tensors
 
 import gpuconst
@@ -136,6 +137,44 @@ def test_a_numpy_array_that_was_resized_is_stale() -> None:
     plan = gpuconst.plan_fill(arrays, 1)
     arrays[1].resize(100_000, refcheck=False)
     assert plan.stale() == [1]
+
+
+def test_a_numpy_array_that_was_cut_short_is_stale_wherever_it_is() -> None:
+    arrays = [np.zeros(3), np.zeros(3)]
+    plan = gpuconst.plan_fill(arrays, 1)
+    arrays[1].resize(2, refcheck=False)
+    assert plan.stale() == [1]
+
+
+class Closable:
+    def __init__(self) -> None:
+        self.memory, self.closed = np.zeros(3), False
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        if self.closed:
+            raise BufferError("the exporter is closed")
+        return self.memory.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.memory.__dlpack_device__()
+
+
+def test_what_exports_its_memory_no_more_is_stale() -> None:
+    x = Closable()
+    plan = gpuconst.plan_fill([np.zeros(3), x], 1)
+    assert plan.stale() == []
+    x.closed = True
+    assert plan.stale() == [1]
+
+
+def test_a_fake_tensor_has_no_memory_that_could_move() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(3)
+    x = torch.zeros(3)
+    plan = gpuconst.plan_fill([fake, x], 5)
+    plan.fill()
+    assert plan.stale() == []
+    assert x.tolist() == [5, 5, 5]
 
 
 UNMOVED: dict[str, Callable[[torch.nn.Linear], Any]] = {

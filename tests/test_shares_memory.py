@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lying_capsules import DLPackOnly
+from lying_capsules import CUDA, DLPackOnly, Exporter
 
 import gpuconst
 
@@ -159,6 +159,13 @@ def test_what_would_take_too_long_to_find_out_may_be_shared() -> None:
     start = time.monotonic()
     assert gpuconst.shares_memory(first, second)
     assert time.monotonic() - start < 5
+
+
+def test_one_address_on_two_devices_is_not_shared() -> None:
+    on_cpu = Exporter()
+    on_gpu = Exporter(device_type=CUDA, data=on_cpu.memory.ctypes.data)
+    assert gpuconst.shares_memory(on_cpu, on_cpu.memory)
+    assert not gpuconst.shares_memory(on_cpu, on_gpu)
 
 
 @pytest.mark.gpu

@@ -115,6 +115,8 @@ def elements(dtype: str) -> st.SearchStrategy[bytes]:
 @example(2**53 + 1, "int64")
 @example(2**1024, "float64")
 @example(10**400, "complex64")
+@example(2**64, "bfloat16")  # ints that NumPy holds as objects
+@example(-(2**63) - 1, "bfloat16")
 @example(2**-127, "float8_e8m0fnu")
 @example(2**63 + 2**39 + 1, "float32")  # by way of a float64 it would be rounded twice
 def test_any_number_into_any_dtype(value: complex, dtype: str) -> None:
@@ -178,12 +180,14 @@ def test_bytes_without_a_dtype() -> None:
     [
         (300, "int8", OverflowError, "300 does not fit int8 (-128 … 127)"),
         (-129, "int8", OverflowError, "-129 does not fit int8 (-128 … 127)"),
+        (2**63, "int8", OverflowError, "pass a value in that range, or a wider or floating dtype"),
         (-1, "uint8", OverflowError, "-1 does not fit uint8 (0 … 255)"),
         (-1, "uint64", OverflowError, "-1 does not fit uint64 (0 … 18446744073709551615)"),
         (2**64, "uint64", OverflowError, "18446744073709551616 does not fit uint64"),
         (2**63, "int64", OverflowError, "9223372036854775808 does not fit int64"),
         (2**63, None, OverflowError, "pass dtype='uint64'"),
         (-(2**63) - 1, None, OverflowError, "pass a floating dtype"),
+        (2**64, None, OverflowError, "pass a floating dtype"),
         (10**400, None, OverflowError, "no dtype holds it"),
         (np.uint64(2**63), None, OverflowError, "pass dtype='uint64'"),
         (300.0, "int8", OverflowError, "300 does not fit int8"),
@@ -212,6 +216,7 @@ def test_bytes_without_a_dtype() -> None:
         (False, "float8_e8m0fnu", OverflowError, "it has no zero"),
         (-0.0, "float8_e8m0fnu", OverflowError, "it has no zero"),
         (math.inf, "float8_e8m0fnu", OverflowError, "powers of two"),
+        (math.inf, "float8_e4m3fn", OverflowError, "inf does not fit float8_e4m3fn (±448, without infinity)"),
         (None, "float32", TypeError, "fill_value is None of type NoneType, expected bool, int, float"),
         (None, None, TypeError, "fill_value is None"),
         ("1", "float32", TypeError, "fill_value is '1' of type str"),
@@ -322,6 +327,8 @@ def test_kinds_that_mean_the_same_number(value: Any, dtype: str, same: Any) -> N
         (True, "bool"),
         (np.False_, "bool"),
         (1, "int64"),
+        (-(2**63), "int64"),
+        (2**63 - 1, "int64"),
         (np.int8(1), "int64"),
         (np.uint64(1), "int64"),
         (0.1, "float32"),
