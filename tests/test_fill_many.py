@@ -432,7 +432,17 @@ def test_a_generator_used_twice(prepare: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize(
     "x",
-    [torch.zeros(3), np.zeros(3), np.zeros(()), gpuconst.zeros(3, device="cpu"), jnp.zeros(3), bytearray(3), None, 5],
+    [
+        torch.zeros(3),
+        np.zeros(3),
+        np.zeros(()),
+        gpuconst.zeros(3, device="cpu"),
+        jnp.zeros(3),
+        bytearray(3),
+        memoryview(bytearray(3)),
+        None,
+        5,
+    ],
     ids=lambda x: type(x).__name__,
 )
 def test_one_array_instead_of_several(x: Any) -> None:

@@ -137,6 +137,13 @@ def test_a_numpy_scalar_of_the_dtype_is_copied_by_its_bytes(data: st.DataObject,
     assert element(np.asarray(scalar), dtype) == bits
 
 
+def test_the_payload_of_a_nan_is_kept() -> None:
+    bits = b"\x01\x00\xa0\x7f"
+    scalar = np.frombuffer(bits, np.float32)[0]
+    assert element(scalar, "float32") == bits
+    assert element(np.asarray(scalar), "float32") == bits
+
+
 @given(st.data(), st.sampled_from(list(DTYPES)), st.sampled_from(list(DTYPES)))
 def test_a_numpy_scalar_of_another_dtype_counts_as_its_number(data: st.DataObject, source: str, dtype: str) -> None:
     assume(source != dtype)
@@ -189,6 +196,7 @@ def test_bytes_without_a_dtype() -> None:
         (-(2**63) - 1, None, OverflowError, "pass a floating dtype"),
         (2**64, None, OverflowError, "pass a floating dtype"),
         (10**400, None, OverflowError, "no dtype holds it"),
+        (-(10**400), None, OverflowError, "no dtype holds it"),
         (np.uint64(2**63), None, OverflowError, "pass dtype='uint64'"),
         (300.0, "int8", OverflowError, "300 does not fit int8"),
         (1e10, "float16", OverflowError, "10000000000.0 does not fit float16 (±65504)"),
