@@ -259,7 +259,7 @@ def is_array(value: Any) -> bool:
     """Whether a value is an array of numbers, of any library; only NumPy's are examined."""
     if isinstance(value, np.ndarray):
         return (value.dtype.kind in "biufc" or value.dtype in _ML_DTYPES) and not np.any(getattr(value, "mask", False))
-    return hasattr(value, "shape") and not isinstance(value, np.generic | memoryview)
+    return hasattr(value, "shape") and not isinstance(value, type | np.generic | memoryview)
 
 
 def is_number(value: Any) -> bool:
@@ -286,7 +286,7 @@ def _number(value: Any) -> int | float | complex:
 
 
 def _no_number(value: Any) -> TypeError:
-    if getattr(value, "ndim", 0):
+    if getattr(value, "ndim", 0) and not isinstance(value, type):  # a class has the attributes of its instances
         return TypeError(
             f"fill_value is {type(value).__name__} of shape {tuple(value.shape)}, expected a scalar; "
             "many values are not filled but copied, by the library that the array is of"

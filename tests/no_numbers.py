@@ -3,6 +3,8 @@
 import numpy as np
 
 NO_NUMBERS = [
+    np.float32,
+    np.ndarray,
     np.str_("1"),
     np.datetime64(1, "s"),
     np.longdouble(2),  # of a width that no dtype here has

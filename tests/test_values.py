@@ -414,6 +414,13 @@ def test_many_values_are_not_told_to_be_one(values: Any) -> None:
     assert "pass" not in message
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, np.datetime64, torch.Tensor])
+def test_a_class_is_not_told_to_be_converted(kind: type) -> None:
+    message = refusal(kind, "float32")
+    assert "of type" in message
+    assert "pass" not in message
+
+
 @pytest.mark.parametrize("value", [[0.5] * 10**6, "x" * 10**6, {10**5000}], ids=lambda x: type(x).__name__)
 def test_a_message_shows_of_a_large_value_its_beginning(value: Any) -> None:
     for message in (refusal(value, "float32"), refusal(1, value)):
