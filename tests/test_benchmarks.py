@@ -70,6 +70,7 @@ def test_size(nbytes: int, text: str) -> None:
     ("value", "unit", "text"),
     [
         (2.5, "s", "2.5 s"),
+        (1.0, "s", "1 s"),
         (1.234e-3, "s", "1.23 ms"),
         (5e-6, "s", "5 us"),
         (2.1e-8, "s", "21 ns"),
@@ -130,6 +131,15 @@ def test_peer_that_does_less_is_shown_but_is_no_rival(results: Results) -> None:
     assert "**2.00**" in case_table(results.cases["creation"])
 
 
+def test_without_a_rival_nobody_is_fastest(results: Results) -> None:
+    case = results.cases["creation"]
+    case.rows[0].beside += ["np.full", "torch.full"]
+    assert case.rows[0].fastest("full") is None
+    assert "1 of 1" in summary_table(results).splitlines()[-1]
+    case.rows.pop()
+    assert len(summary_table(results).splitlines()) == 2
+
+
 def test_document_begins_with_the_machine(results: Results) -> None:
     assert document(results).startswith("- machine: a machine\n")
 
@@ -169,6 +179,11 @@ def test_report_fills_its_places(results: Results, tmp_path: Path) -> None:
     assert filled.startswith("Before\n")
     assert filled.endswith("\nAfter\n")
     assert report.rendered(filled, tmp_path) == filled
+    results.cases["creation"].busy = BUSY * 2
+    write(results, tmp_path / "cpu.json")
+    filled_again = report.rendered(filled, tmp_path)
+    assert case_table(results.cases["creation"]) in filled_again
+    assert filled_again.count("| 1 KiB |") == 1
     of_a_later_case = empty.replace("creation", "fill")
     assert report.rendered(of_a_later_case, tmp_path) == of_a_later_case
     with pytest.raises(KeyError):
@@ -301,7 +316,11 @@ def _turns(
     monkeypatch: pytest.MonkeyPatch, fresh: bool, missing: str = ""
 ) -> tuple[CaseResult, list[tuple[int, int, str]]]:
     """Run a case of two rows and two rounds, and return it with the turns: process, row and contender."""
-    contenders = [Contender(name, lambda: list, ours=name == "ours") for name in ("ours", "A", "B")]
+    contenders = [
+        Contender("ours", lambda: list, ours=True),
+        Contender("A", lambda: list),
+        Contender("B", lambda: list, beside=True),
+    ]
     case = Case("A case", lambda _: [Row("0", contenders), Row("1", contenders)], fresh=fresh)
     monkeypatch.setattr(harness, "load", lambda _: dataclasses.replace(case, rounds=2))
     monkeypatch.setattr(harness, "FEWEST_ROUNDS", 2)
@@ -318,6 +337,7 @@ def test_contenders_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -
     # A round to warm up, then two that count.
     assert turns == [(1, row, who) for row in (0, 1) for _ in range(3) for who in ("ours", "A", "B")]
     assert {each.samples for row in found.rows for each in row.measured.values()} == {2}
+    assert [(row.ours, row.beside) for row in found.rows] == [(["ours"], ["B"])] * 2
 
 
 def test_contenders_take_turns_with_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

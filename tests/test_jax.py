@@ -279,7 +279,13 @@ def test_repr() -> None:
 
 @pytest.mark.parametrize(
     ("value", "dtype", "error"),
-    [(300, "int8", OverflowError), (1e39, "float32", OverflowError), (0.5, "int32", TypeError), (1j, None, TypeError)],
+    [
+        (300, "int8", OverflowError),
+        (np.array(300), "int8", OverflowError),
+        (1e39, "float32", OverflowError),
+        (0.5, "int32", TypeError),
+        (1j, None, TypeError),
+    ],
 )
 def test_what_does_not_fit_is_refused(value: Any, dtype: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
