@@ -190,6 +190,20 @@ def test_report_fills_its_places(results: Results, tmp_path: Path) -> None:
         report.rendered(empty.replace("creation", "no_such_case"), tmp_path)
 
 
+def test_report_writes_the_texts_and_says_which_have_changed(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.md"
+    text.write_text("<!-- results:cpu/creation -->\n<!-- /results -->\n")
+    write(results, tmp_path / "cpu.json")
+    for name, value in (("ROOT", tmp_path), ("RESULTS", tmp_path), ("TEXTS", (text,))):
+        monkeypatch.setattr(report, name, value)
+    report.main()
+    report.main()
+    assert case_table(results.cases["creation"]) in text.read_text()
+    assert capsys.readouterr().err == "text.md: written\ntext.md: unchanged\n"
+
+
 @pytest.mark.parametrize("path", report.TEXTS, ids=lambda path: str(path.name))
 def test_texts_quote_the_results(path: Path) -> None:
     text = path.read_text()

@@ -368,6 +368,13 @@ def test_lengths_that_differ(values: Any) -> None:
     assert not any(x.any() for x in arrays)
 
 
+def test_a_bytearray_is_one_value_and_no_list_of_them() -> None:
+    arrays = [torch.zeros(3), torch.zeros(3)]
+    with pytest.raises(TypeError, match=r"^xs\[0\]: fill_value is .* of type bytearray"):
+        gpuconst.fill_many(arrays, bytearray([1, 2]))
+    assert not any(x.any() for x in arrays)
+
+
 @pytest.mark.parametrize("values", [{1, 2}, {1: 2, 3: 4}, {}, frozenset({5})], ids=repr)
 def test_values_that_have_no_order(values: Any) -> None:
     arrays = [torch.zeros(3), torch.zeros(3)]

@@ -432,6 +432,23 @@ def test_a_parametrization_that_has_no_such_value_is_refused() -> None:
 # Mistakes: found before anything is done.
 
 
+class Rounded(nn.Module):
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        return original.round(decimals=1)
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+def test_a_weight_that_would_be_off_by_less_than_a_hundredth_is_refused() -> None:
+    module = nn.Linear(3, 4)
+    register_parametrization(module, "weight", Rounded())  # type: ignore[no-untyped-call]
+    with pytest.raises(ValueError, match=r"Rounded cannot give that weight: 0\.995\d* would become 1\.0"):
+        materialize_(module, {"weight": 0.995, "*": 0.0})
+    materialize_(module, {"weight": 0.1, "*": 0.0})
+    assert (module.weight == 0.1).all()
+
+
 class Wrapping(torch.Tensor):
     """A subclass that keeps its data in another tensor."""
 
@@ -659,6 +676,17 @@ def test_on_a_gpu_each_parameter_owns_its_storage_in_torchs_memory(where: str) -
     assert model.norm.weight.untyped_storage().nbytes() == 32
     with torch.device("cuda"):
         train_a_step(model, torch.tensor([[1, 5, 7]]))
+
+
+@pytest.mark.gpu
+def test_what_is_in_real_memory_on_another_device_is_refused() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("this torch is built without CUDA")
+    module = nn.Linear(2, 2, bias=False)
+    before = module.weight.clone()
+    with pytest.raises(ValueError, match=r"'weight' is in real memory on cpu, and device='cuda:\d' was given"):
+        materialize_(module, {"*": 0.5}, device="cuda")
+    assert torch.equal(module.weight, before)
 
 
 @pytest.mark.gpu
