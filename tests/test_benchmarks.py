@@ -85,6 +85,7 @@ def test_ratio_is_bold_where_gpuconst_is_behind() -> None:
     assert ratio_cell(Summary(0.5, 0.4, 0.6, 9)) == "0.50 (0.40-0.60)"
     assert ratio_cell(Summary(1.5, 1.4, 1.6, 9)) == "**1.50** (1.40-1.60)"
     assert ratio_cell(Summary(1.004, 1.004, 1.004, 1)) == "1.00"
+    assert ratio_cell(Summary(0.1, 0.1, 0.1, 1)) == "0.10"
     assert ratio_cell(Summary(0.00456, 0.00456, 0.0123, 9)) == "0.0046 (0.0046-0.012)"
 
 
@@ -305,11 +306,13 @@ class _Recorder:
     """Stands in for worker processes, and writes down who was asked for what."""
 
     asked: list[tuple[int, int, str]] = []
+    environments: dict[str, Mapping[str, str]] = {}
     started = 0
     missing = ""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         type(self).started += 1
+        self._environment = environment
         self._number = self.started
 
     def ask(self, do: str, **arguments: Any) -> float:
@@ -317,6 +320,7 @@ class _Recorder:
             raise MissingError("it is not here")
         if do == "sample":
             self.asked.append((self._number, arguments["row"], arguments["contender"]))
+            self.environments[arguments["contender"]] = self._environment
         return 1.0
 
     def __enter__(self) -> "_Recorder":
@@ -327,19 +331,21 @@ class _Recorder:
 
 
 def _turns(
-    monkeypatch: pytest.MonkeyPatch, fresh: bool, missing: str = ""
+    monkeypatch: pytest.MonkeyPatch, fresh: bool, missing: str = "", of_a: Mapping[str, str] | None = None
 ) -> tuple[CaseResult, list[tuple[int, int, str]]]:
     """Run a case of two rows and two rounds, and return it with the turns: process, row and contender."""
     contenders = [
         Contender("ours", lambda: list, ours=True),
-        Contender("A", lambda: list),
+        Contender("A", lambda: list, environment=of_a or {}),
         Contender("B", lambda: list, beside=True),
     ]
-    case = Case("A case", lambda _: [Row("0", contenders), Row("1", contenders)], fresh=fresh)
+    rows = [Row(label, contenders, environment={"OF_ROWS": "1"}) for label in ("0", "1")]
+    case = Case("A case", lambda _: rows, fresh=fresh)
     monkeypatch.setattr(harness, "load", lambda _: dataclasses.replace(case, rounds=2))
     monkeypatch.setattr(harness, "FEWEST_ROUNDS", 2)
     monkeypatch.setattr(harness, "Worker", _Recorder)
     monkeypatch.setattr(_Recorder, "asked", [])
+    monkeypatch.setattr(_Recorder, "environments", {})
     monkeypatch.setattr(_Recorder, "started", 0)
     monkeypatch.setattr(_Recorder, "missing", missing)
     found = harness.run_case("a_case", {"": Path()}, quick=False, gpu=False, busy=0.0, progress=lambda *_: None)
@@ -366,6 +372,13 @@ def test_who_is_missing_is_remarked_and_takes_no_turn(monkeypatch: pytest.Monkey
     assert {who for _, _, who in turns} == {"ours", "B"}
     assert [row.missing for row in found.rows] == [{"A": "it is not here"}] * 2
     assert [list(row.ratios["ours"]) for row in found.rows] == [["B"]] * 2
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_contender_has_the_variables_of_its_row_and_its_own(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    _turns(monkeypatch, fresh, of_a={"OF_A": "2"})
+    found = {who: (each.get("OF_ROWS"), each.get("OF_A")) for who, each in _Recorder.environments.items()}
+    assert found == {"ours": ("1", None), "A": ("1", "2"), "B": ("1", None)}
 
 
 def test_worker_says_what_failed(tmp_path: Path) -> None:

@@ -368,10 +368,11 @@ def test_lengths_that_differ(values: Any) -> None:
     assert not any(x.any() for x in arrays)
 
 
-def test_a_bytearray_is_one_value_and_no_list_of_them() -> None:
+@pytest.mark.parametrize("value", [bytearray([1, 2]), "12"])
+def test_what_is_one_value_by_mistake_is_no_list_of_them(value: Any) -> None:
     arrays = [torch.zeros(3), torch.zeros(3)]
-    with pytest.raises(TypeError, match=r"^xs\[0\]: fill_value is .* of type bytearray"):
-        gpuconst.fill_many(arrays, bytearray([1, 2]))
+    with pytest.raises(TypeError, match=rf"^xs\[0\]: fill_value is {re.escape(repr(value))} of type"):
+        gpuconst.fill_many(arrays, value)
     assert not any(x.any() for x in arrays)
 
 

@@ -440,13 +440,23 @@ class Rounded(nn.Module):
         return weight
 
 
-def test_a_weight_that_would_be_off_by_less_than_a_hundredth_is_refused() -> None:
+@pytest.mark.parametrize(("value", "becomes"), [(0.995, r"1\.0"), (0.0001, r"0\.0")])
+def test_a_weight_that_would_be_a_little_off_is_refused(value: float, becomes: str) -> None:
     module = nn.Linear(3, 4)
-    register_parametrization(module, "weight", Rounded())  # type: ignore[no-untyped-call]
-    with pytest.raises(ValueError, match=r"Rounded cannot give that weight: 0\.995\d* would become 1\.0"):
-        materialize_(module, {"weight": 0.995, "*": 0.0})
+    register_parametrization(module, "weight", Rounded())
+    with pytest.raises(ValueError, match=rf"Rounded cannot give that weight: \S+ would become {becomes};"):
+        materialize_(module, {"weight": value, "*": 0.0})
     materialize_(module, {"weight": 0.1, "*": 0.0})
     assert (module.weight == 0.1).all()
+
+
+def test_a_parametrized_weight_without_elements() -> None:
+    module: Any = nn.Module()
+    module.weight = nn.Parameter(torch.empty(3, 0, device="meta"))
+    register_parametrization(module, "weight", Doubled())
+    materialize_(module, {"weight": 0.5})
+    assert module.weight.shape == (3, 0)
+    assert module.weight.is_cpu
 
 
 class Wrapping(torch.Tensor):
