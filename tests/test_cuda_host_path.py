@@ -57,6 +57,7 @@ def test_nothing_is_launched_for_size_0() -> None:
     array = gpuconst.full((3, 0), 1.0, device="cuda")
     gpuconst.fill(array, 2.0)
     gpuconst.fill_many([array, array], 2.0)
+    gpuconst.fill(Foreign(array, -array.data_ptr(), shape=(3, 0)), 2.0)  # at address 0
     assert array.to_numpy().shape == (3, 0)
     assert not launches()
 

@@ -468,6 +468,43 @@ def test_another_threads_default_stream_is_waited_for_through_the_legacy_one() -
     assert calls("cuMemFreeAsync")[-1] == "cuMemFreeAsync stream=0x2"
 
 
+@pytest.mark.parametrize("use", ["full_many", "fill", "fill_many", "plan"])
+@on_standin()
+def test_a_per_thread_default_stream_is_remembered_as_the_legacy_one(use: str) -> None:
+    per_thread = 2
+    if use == "full_many":
+        array = gpuconst.full_many({"a": (10, 1.0, None)}, device="cuda", stream=per_thread)["a"]
+    else:
+        array = used_on(per_thread, gpuconst.full(10, 1.0, device="cuda", stream=new_stream()), use)
+    assert "stream=0x2" in calls("launch")[-1]
+    assert array.__cuda_array_interface__["stream"] == 1
+
+
+@on_standin()
+def test_a_fill_on_another_stream_waits_for_the_one_that_a_capsule_was_asked_for() -> None:
+    class Exporter:
+        asked: list[Any] = []
+
+        def __dlpack__(self, *, stream: Any, **arguments: Any) -> Any:
+            self.asked.append(stream)
+            return array.__dlpack__(stream=stream, **arguments)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return array.__dlpack_device__()
+
+    producer, consumer = new_stream(), new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
+    before = len(calls(*FENCES))
+    gpuconst.fill(Exporter(), 2.0, stream=consumer)
+    assert Exporter.asked == [1]
+    exported, waits, record, wait, launch = (line.split() for line in calls(*FENCES)[before:])
+    assert exported[2] == f"stream={producer:#x}"
+    assert waits[:2] == ["cuStreamWaitEvent", "stream=0x1"]
+    assert record[2] == "stream=(nil)"
+    assert wait[:2] == ["cuStreamWaitEvent", f"stream={consumer:#x}"]
+    assert f"stream={consumer:#x}" in launch
+
+
 @on_standin(CAPTURE="cupy", STANDIN_RUNTIME=1)
 def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
     import cupy
