@@ -102,7 +102,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     element = encode(fill_value, view.dtype)
     place = select(view.device)
     handle = stream_handle(stream, place) if stream is not None else _owners_stream(x, view, place)
-    if view.stream is not None and handle != view.stream:
+    if view.stream is not None:
         _wait_for_owner(x, view.stream, handle, place)
     place.module.fill(Region(view.address, view.shape, view.strides, element), place.ordinal, handle)
     if is_torch:

@@ -75,7 +75,7 @@ class Rules:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two values are the same, compared as text: -0.0 differs from 0.0, and nan equals nan."""
-    return a is b or repr(a) == repr(b)
+    return repr(a) == repr(b)
 
 
 def _nearest(glob: str, names: Sequence[str]) -> str:

@@ -393,5 +393,5 @@ def _does_not_fit(number: int | float | complex, dtype: DType) -> OverflowError:
         span = f"±{float(limit):.6g}"
         if not isinstance(number, int) and not np.isfinite(number):
             span += ", without infinity"
-    wider = "" if dtype.name == bits or _is_beyond_all(number) else f", or a wider dtype such as {bits}"
+    wider = "" if _is_beyond_all(number) else f", or a wider dtype such as {bits}"
     return OverflowError(f"{_shown(number)} does not fit {dtype.name} ({span}); pass a value in that range{wider}")

@@ -222,8 +222,7 @@ def _reader(kind: type) -> Callable[[Any], View]:
     if issubclass(kind, type):  # a class has the attributes of its instances
         return _refuse
     for module, name, read in _FRAMEWORKS:
-        loaded = sys.modules.get(module)
-        if loaded is not None and issubclass(kind, getattr(loaded, name, ())):
+        if issubclass(kind, getattr(sys.modules.get(module), name, ())):
             return read
     if hasattr(kind, "__cuda_array_interface__"):
         return _read_cuda_interface
