@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -110,6 +111,10 @@ class Array:
         if not self.shape:
             raise TypeError("a 0-d array has no len()")
         return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return an iterator over the first dimension, as NumPy's; CUDA memory is refused."""
+        return iter(np.asarray(self))
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return the DLPack device type and index of the memory."""

@@ -91,8 +91,10 @@ def _several(xs: Any) -> list[Any]:
         way_out = "pass its values()"
     elif isinstance(xs, np.ndarray) and xs.dtype == object:
         way_out = "pass its tolist()"
-    elif hasattr(xs, "__dlpack__") or isinstance(xs, bytearray | memoryview) or not isinstance(xs, Iterable):
+    elif hasattr(xs, "__dlpack__") or isinstance(xs, bytearray | memoryview):
         way_out = "for one array use gpuconst.fill"
+    elif not isinstance(xs, Iterable):
+        way_out = "pass a list of them"
     if way_out is not None:
         raise TypeError(f"xs is {type(xs).__name__}, expected several arrays; {way_out}")
     arrays = list(xs)

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from glob import escape
 from typing import Any
 
 __all__ = ["Rules"]
@@ -64,7 +65,8 @@ class Rules:
         """
         for index, (glob, matches) in enumerate(zip(self.globs, self._matches, strict=True)):
             if not any(map(matches, names)):
-                raise ValueError(f"the rule {glob!r} matches nothing; {_nearest(glob, names)}")
+                way_out = f"as a name, it is {escape(glob)!r}" if glob in names else _nearest(glob, names)
+                raise ValueError(f"the rule {glob!r} matches nothing; {way_out}")
             winner = chosen.get(glob, index)
             if winner != index and not _GLOB.search(glob) and not _same(self.values[winner], self.values[index]):
                 raise ValueError(

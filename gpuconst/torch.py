@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -65,17 +67,23 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
     ------
     ValueError
         If no rule covers a tensor, a rule matches nothing or has no effect, a parametrization cannot give
-        its weight the value, a tensor in real memory is not on `device`, or a tensor without memory cannot
-        be given any.
+        its weight the value, a tensor in real memory is not on `device`, a tensor without memory cannot
+        be given any, or a function writes nothing to new memory.
     TypeError
-        If a value is of the wrong kind for the dtype, a tensor cannot be written, or a Keras layer is on
-        the meta device: its variables would keep the tensors without memory.
+        If a value is of the wrong kind for the dtype, a tensor cannot be written, a function returns a
+        number or a new tensor, or a Keras layer is on the meta device: its variables would keep the tensors
+        without memory.
     OverflowError
         If a value does not fit the dtype.
     DeviceUnavailableError
         If torch cannot use the device.
     OutOfMemoryError
         If the device has no memory left.
+
+    Warns
+    -----
+    UserWarning
+        If the module holds further tensors on the meta device, neither parameters nor buffers.
 
     Notes
     -----
@@ -111,6 +119,7 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         homes = _Homes(device)
         for tensor in tensors:
             tensor.check(homes.given)
+        _check_shared(tensors)
         ruled = [weight for weight in weights if weight.rule is not None]
         for weight in ruled:
             weight.check()
@@ -124,7 +133,7 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         unfilled += [tensor for tensor in tensors if tensor.has_memory and tensor.element is not None]
         for tensor in tensors:
             if tensor.rule is not None and callable(tensor.value):
-                _initialise(tensor.value, tensor.made, tensor.said)
+                _initialise(tensor.value, tensor.made, tensor.said, new=not tensor.has_memory)
             originals += [weight.originals(homes) for weight in computed.get(id(tensor), ())]
         if unfilled:
             fill_many([tensor.made for tensor in unfilled], [tensor.element for tensor in unfilled])
@@ -136,6 +145,8 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         refresh(part)
         if isinstance(part, torch.nn.RNNBase):
             part.flatten_parameters()
+    if not all(tensor.has_memory for tensor in tensors):
+        _warn_of_others(parts)
     debug(
         "materialized %d tensors, %d of them with constants; took %.6f s",
         len(tensors),
@@ -224,14 +235,15 @@ class _Tensor(_Named):
 class _Weight(_Named):
     """A weight that is computed from other tensors, and yet has a name of its own."""
 
-    def __init__(self, computed: Computed, tensors: list[_Tensor]) -> None:
+    def __init__(self, computed: Computed, tensors: list[_Tensor], own: list[_Tensor]) -> None:
         super().__init__()
         self.computed = computed
         self.tensors = tensors
+        self._own = own
 
     @property
     def _about(self) -> _Said:
-        names = ", ".join(repr(tensor.names[0]) for tensor in self.tensors)
+        names = ", ".join(repr(tensor.names[0]) for tensor in (*self.tensors, *self._own))
         return _Said(self, f"; drop the rule, or put rules for {names} before it")
 
     def check(self) -> None:
@@ -247,7 +259,7 @@ class _Weight(_Named):
         where = first.tensor.device if first.has_memory else homes.of(first.tensor)
         weight = torch.empty_like(self.computed.outline(), device=where)
         if callable(self.value):
-            _initialise(self.value, weight, self.said)
+            _initialise(self.value, weight, self.said, new=True)
         with self._about:
             if not callable(self.value):
                 fill(weight, self.value)
@@ -282,8 +294,8 @@ def _survey(parts: Sequence[tuple[str, torch.nn.Module]]) -> tuple[list[_Tensor]
                 found.slots.append((owner, name))
     for prefix, owner in parts:
         for computed in computed_weights(owner):
-            its = [tensors[id(original)] for original in computed.originals()]
-            weight = weights.setdefault((id(owner), computed.name), _Weight(computed, its))
+            its, own = ([tensors[id(x)] for x in part] for part in (computed.originals(), computed.own))
+            weight = weights.setdefault((id(owner), computed.name), _Weight(computed, its, own))
             weight.names.append(f"{prefix}.{computed.name}" if prefix else computed.name)
     return list(tensors.values()), list(weights.values())
 
@@ -316,7 +328,7 @@ def _choose(rules: Rules, tensors: Sequence[_Tensor], weights: Sequence[_Weight]
 
 def _check_tensors(tensors: Sequence[_Tensor]) -> None:
     """Refuse tensors that cannot be given memory of their own."""
-    owners: dict[int, str] = {}
+    taken: dict[int, list[tuple[int, int, str]]] = {}
     for found in tensors:
         if found.has_memory:
             continue
@@ -330,12 +342,27 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
                 f"{name!r} is a {type(tensor).__name__}, which keeps its data in other tensors; "
                 "make the module with plain tensors, under torch.device('meta')"
             )
-        other = owners.setdefault(local_part(tensor).untyped_storage()._cdata, name)
-        if other != name:
-            raise ValueError(
-                f"{other!r} and {name!r} are different views of one storage, and would no longer be; "
-                "register one tensor, and take views of it where they are needed"
-            )
+        part = local_part(tensor)
+        start = part.storage_offset()
+        stop = start + sum([(n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True)]) + 1
+        others = taken.setdefault(part.untyped_storage()._cdata, [])
+        for first, last, other in others if part.numel() else ():
+            if start < last and first < stop:
+                raise ValueError(
+                    f"{other!r} and {name!r} are different views of one storage, and would no longer be; register one "
+                    "tensor, and take views of it where they are needed, or register a clone() of each"
+                )
+        others.append((start, stop, name))
+
+
+def _check_shared(tensors: Sequence[_Tensor]) -> None:
+    """Refuse different constants for the same memory, which has room for the last only."""
+    owners: dict[int, _Tensor] = {}
+    for found in tensors:
+        if found.has_memory and found.element is not None and found.tensor.numel():
+            other = owners.setdefault(local_part(found.tensor).data_ptr(), found)
+            if other.element != found.element:
+                raise ValueError(f"{other.said}, and {found.said}, are the same memory; give both the same value")
 
 
 def _check_keras(parts: Sequence[tuple[str, torch.nn.Module]]) -> None:
@@ -378,7 +405,9 @@ def _row(tensor: torch.Tensor) -> DType | None:
         return None
 
 
-def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, said: str) -> None:
+def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, said: str, *, new: bool) -> None:
+    """Have a function initialise a tensor, and raise if it cannot have done so; `new` memory must be written."""
+    unwritten = _Unwritten(tensor) if new else None
     try:
         result = function(tensor)
     except Exception as error:
@@ -388,6 +417,54 @@ def _initialise(function: Callable[[torch.Tensor], Any], tensor: torch.Tensor, s
         storage, other = local_part(tensor).untyped_storage(), local_part(result).untyped_storage()
         if storage._cdata != other._cdata:
             raise TypeError(f"{said}: the function returned a new tensor, expected one that writes: t.copy_(…)")
+    if isinstance(result, int | float | complex):
+        raise TypeError(f"{said}: the function returned {result!r}, expected one that writes: t.fill_(…)")
+    if unwritten is not None and unwritten.is_still():
+        raise ValueError(
+            f"{said}: the function wrote nothing, and there is nothing to keep: the tensor had no memory; write to it, "
+            "or make it on a real device"
+        )
+
+
+class _Unwritten:
+    """New memory that a function is to initialise, and how to tell whether it has.
+
+    Writes through ``t.data`` or ``t.numpy()`` leave the version as it is, so the memory begins with a mark.
+    """
+
+    _MARK = tuple(os.urandom(16))
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._part = local_part(tensor)
+        storage = self._part.untyped_storage()
+        length = min(len(self._MARK), storage.nbytes())
+        self._first = torch.empty(0, dtype=torch.uint8, device=self._part.device).set_(storage, 0, (length,), (1,))
+        self._first.copy_(torch.tensor(self._MARK[:length], dtype=torch.uint8))
+        self._was = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        return self._part.data_ptr(), 0 if self._part.is_inference() else self._part._version
+
+    def is_still(self) -> bool:
+        length = len(self._first)
+        return length > 0 and self._state() == self._was and tuple(self._first.tolist()) == self._MARK[:length]
+
+
+def _warn_of_others(parts: Sequence[tuple[str, torch.nn.Module]]) -> None:
+    """Name the tensors without memory that a module holds beside its parameters and buffers."""
+    left = []
+    for prefix, part in parts:
+        for name, value in vars(part).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            registered = name in ("_parameters", "_buffers")
+            if not registered and any(isinstance(x, torch.Tensor) and not has_memory(x) for x in held):
+                left.append(repr(f"{prefix}.{name}" if prefix else name))
+    if left:
+        warnings.warn(
+            f"{', '.join(left)} still have no memory: they are neither parameters nor buffers; make them anew",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _resolved(device: Any) -> torch.device:

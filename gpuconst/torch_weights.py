@@ -28,8 +28,8 @@ class Computed(NamedTuple):
         Takes the originals and returns the weight.
     invert : callable
         Takes a weight and returns originals of it; raises NotImplementedError if there is no inverse.
-    own : list of str
-        Names of further tensors that the weight depends on.
+    own : list of torch.Tensor
+        Further tensors that the weight depends on.
     kind : str
         What computes it, for messages.
     """
@@ -38,7 +38,7 @@ class Computed(NamedTuple):
     slots: list[tuple[torch.nn.Module, str]]
     compute: Callable[..., torch.Tensor]
     invert: Callable[[torch.Tensor], Sequence[torch.Tensor]]
-    own: list[str]
+    own: list[torch.Tensor]
     kind: str
 
     def originals(self) -> list[torch.Tensor]:
@@ -54,7 +54,7 @@ class Computed(NamedTuple):
             If it depends on more than its originals.
         """
         if self.own:
-            raise ValueError(f"what {self.kind} makes of a value depends on {', '.join(self.own)} as well")
+            raise ValueError(f"what {self.kind} makes of a value depends on further tensors")
         return self.compute(*[torch.empty_like(original, device="meta") for original in self.originals()])
 
     def originals_of(self, weight: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -127,11 +127,7 @@ def _parametrized(name: str, parametrizations: ParametrizationList) -> Computed:
         [(parametrizations, original) for original in (["original"] if parametrizations.is_tensor else originals)],
         compute,
         invert,
-        [
-            f"{index}.{tensor}"
-            for index, module in enumerate(chain)
-            for tensor, _ in itertools.chain(module.named_parameters(), module.named_buffers())
-        ],
+        [tensor for module in chain for tensor in itertools.chain(module.parameters(), module.buffers())],
         " and ".join(type(module).__name__.lstrip("_") for module in chain),
     )
 

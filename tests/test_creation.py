@@ -98,6 +98,13 @@ def test_what_an_array_says_of_itself() -> None:
     assert array.dtype == DTYPES["bfloat16"].numpy
 
 
+def test_it_can_be_iterated_over() -> None:
+    assert list(full(3, 1.5)) == [1.5] * 3
+    assert [row.tolist() for row in full((2, 2), True)] == [[True, True]] * 2
+    with pytest.raises(TypeError, match="0-d"):
+        iter(full((), 1.5))
+
+
 def test_it_has_no_truth_value() -> None:
     for shape in [(), (0,), (3,)]:
         with pytest.raises(TypeError, match="an Array has no truth value"):

@@ -448,13 +448,17 @@ def test_a_generator_used_twice(prepare: Callable[..., Any]) -> None:
         jnp.zeros(3),
         bytearray(3),
         memoryview(bytearray(3)),
-        None,
-        5,
     ],
     ids=lambda x: type(x).__name__,
 )
 def test_one_array_instead_of_several(x: Any) -> None:
     with pytest.raises(TypeError, match=rf"xs is {type(x).__name__}, expected several arrays; .*gpuconst\.fill"):
+        gpuconst.fill_many(x, 1)
+
+
+@pytest.mark.parametrize("x", [None, 5, torch.optim.SGD([torch.zeros(3)])], ids=lambda x: type(x).__name__)
+def test_no_arrays_at_all(x: Any) -> None:
+    with pytest.raises(TypeError, match=rf"xs is {type(x).__name__}, expected several arrays; pass a list of them$"):
         gpuconst.fill_many(x, 1)
 
 

@@ -394,7 +394,7 @@ def test_a_parametrization_without_inverse_is_refused() -> None:
 def test_a_parametrization_with_state_is_refused_and_the_message_leads_out() -> None:
     module = spectral_norm(nn.Linear(3, 4))
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match=r"SpectralNorm makes of a value depends on 0\._u, 0\._v"):
+    with pytest.raises(ValueError, match=r"further tensors; .* rules for .*\.original', .*0\._u', .*0\._v' before"):
         materialize_(module, {"bias": 0.0, "weight": 1.0, "*._?": 0.0})
     for name, value in module.state_dict().items():
         assert torch.equal(value, before[name])
@@ -484,9 +484,15 @@ def wrapping() -> nn.Module:
 
 def views_of_one_storage() -> nn.Module:
     module = nn.Module()
-    table = torch.empty(2, 4, device="meta")
-    module.register_buffer("cos", table[0])
-    module.register_buffer("sin", table[1])
+    table = torch.empty(8, device="meta")
+    module.register_buffer("cos", table[:5])
+    module.register_buffer("sin", table[4:])
+    return module
+
+
+def in_the_same_memory() -> nn.Module:
+    module = nn.ModuleDict({"embed": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+    module["head"].weight.data = module["embed"].weight.data
     return module
 
 
@@ -537,6 +543,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
         {"*": 0.0},
         ValueError,
         "'cos' and 'sin' are different views of one storage",
+    ),
+    "one memory": (
+        in_the_same_memory,
+        {"embed.*": 1.0, "*": 2.0},
+        ValueError,
+        "'embed.weight', by the rule 'embed.*', and 'head.weight', by the rule '*', are the same memory",
     ),
     "lazily negated": (
         lambda: buffer(torch.ones(3, dtype=torch.complex64).conj().imag),
@@ -605,6 +617,78 @@ def test_functions_run_in_the_order_of_the_module() -> None:
     found = [tensor for linear in linears for tensor in (linear.weight, linear.bias)]
     found[2:4] = reversed(found[2:4])
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 3), nn.BatchNorm1d(3), weight_norm(nn.Linear(2, 3)), nn.LSTM(2, 3)])
+def test_a_function_must_write_to_new_memory(module: nn.Module) -> None:
+    module = module.to("meta")
+    with pytest.raises(ValueError, match=r"by the rule '\*': the function wrote nothing, and there is nothing to keep"):
+        materialize_(module, {"*": lambda tensor: None}, device="cpu")
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int8, torch.bfloat16, torch.complex128])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_function_may_write_in_any_way(dtype: torch.dtype, inference: bool) -> None:
+    def through_data(tensor: torch.Tensor) -> None:
+        tensor.data.fill_(1)
+
+    def through_bytes(tensor: torch.Tensor) -> None:
+        tensor.view(torch.uint8).numpy()[:] = torch.ones_like(tensor).view(torch.uint8).numpy()
+
+    def other_memory(tensor: torch.Tensor) -> None:
+        tensor.data = torch.ones_like(tensor)
+
+    for write in (nn.init.ones_, through_data, through_bytes, *([] if inference else [other_memory])):
+        for length in (1, 5, 100):
+            module: Any = nn.Module()
+            module.register_buffer("x", torch.empty(length, dtype=dtype, device="meta"))
+            with torch.inference_mode(inference):
+                materialize_(module, {"x": write}, device="cpu")
+            assert (module.x == 1).all()
+
+
+def test_a_function_need_not_write_where_there_is_nothing_to_write_or_much_to_keep() -> None:
+    module = nn.Linear(2, 3)
+    before = module.weight.clone()
+    module.register_buffer("none", torch.empty(0, device="meta"))
+    materialize_(module, {"*": lambda tensor: None})
+    assert torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_function_that_returns_a_number_is_refused(device: str) -> None:
+    with pytest.raises(
+        TypeError, match=r"'weight', by the rule '\*': the function returned 0\.5, expected one that wr"
+    ):
+        materialize_(nn.Linear(2, 3, device=device), {"*": lambda tensor: 0.5}, device="cpu")
+
+
+def test_views_that_do_not_overlap_become_tensors_of_their_own() -> None:
+    module: Any = nn.Module()
+    rows = torch.triu_indices(3, 3, device="meta")
+    module.register_buffer("rows", rows[0])
+    module.register_buffer("columns", rows[1])
+    materialize_(module, {"rows": 1, "columns": 2}, device="cpu")
+    assert module.rows.tolist() == [1] * 6
+    assert module.columns.tolist() == [2] * 6
+
+
+def test_tensors_that_are_neither_parameters_nor_buffers_are_named() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 3)
+            self.mask, self.number = torch.ones(3), 3
+            self.tables = {"sin": torch.ones(3)}
+            self.again = [self.linear.weight]
+
+    with torch.device("meta"):
+        module = nn.Sequential(Masked(), nn.Linear(3, 3))
+    said = r"^'0\.mask', '0\.tables', '0\.again' still have no memory: they are neither parameters nor buffers"
+    with pytest.warns(UserWarning, match=said) as caught:
+        materialize_(module, {"*": 0.5}, device="cpu")
+    assert caught[0].filename == __file__
 
 
 def test_a_function_that_returns_a_new_tensor_is_refused() -> None:

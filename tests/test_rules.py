@@ -52,6 +52,14 @@ def test_a_rule_that_matches_nothing_is_an_error_with_the_nearest_names(glob: st
         Rules({glob: 0.0, "*": 1.0}).check_used(NAMES, dict.fromkeys(NAMES, 1))
 
 
+def test_a_name_with_brackets_is_told_how_to_be_written() -> None:
+    names = ["heads.a[0]", "heads.a[1]"]
+    with pytest.raises(ValueError, match=r"the rule 'heads\.a\[0\]' matches nothing; as a name, it is '.*'$") as caught:
+        Rules({"heads.a[0]": 0.0, "*": 1.0}).check_used(names, dict.fromkeys(names, 1))
+    way_out = str(caught.value).split("'")[-2]
+    assert Rules({way_out: 0.0, "*": 1.0}).first(names[:1]) == 0
+
+
 def test_without_names_every_rule_is_an_error() -> None:
     with pytest.raises(ValueError, match="there are no tensors"):
         Rules({"*": 0.0}).check_used([], {})
