@@ -88,7 +88,7 @@ def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int
     """
     memory, address, zeroed = reserve(nbytes)
     if not zeroed or any(element):
-        fill_stretch(address, nbytes, element)
+        fill_stretch(address, nbytes, element, untouched=zeroed)
     return memory, address
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "MEMORY",
     "ORIGIN",
     "PIECE",
+    "SHARED_FROM",
     "SMALLEST_SHARED",
     "UNSIGNED",
     "assign",
@@ -42,8 +43,11 @@ BY_CLEARING = 64 << 20
 #: Arrays of fewer bytes than this are not shared out between two threads, which would wait for the GIL.
 SMALLEST_SHARED = 1 << 20
 #: What each of two threads takes at a time: a huge page. A thread that gets no core, or gets one late, leaves more
-#: to the other. A stretch no longer than this is filled by one thread before the second would be awake.
+#: to the other.
 PIECE = 2 << 20
+#: Stretches of fewer bytes than this are filled by one thread before the second is awake and has done its part; if
+#: the memory is touched for the first time, which is slower, those of at most a piece.
+SHARED_FROM = 8 << 20
 ROW = 16 << 10
 
 #: The dtype to move elements with, by their length.
@@ -63,7 +67,7 @@ MEMORY: Any = (ctypes.c_char * (sys.maxsize - ORIGIN)).from_address(ORIGIN)
 _BYTES_OF_MEMORY = memoryview(MEMORY).cast("B")
 
 
-def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
+def fill_stretch(address: int, nbytes: int, element: bytes, *, untouched: bool = False) -> None:
     """Fill one stretch of host memory.
 
     Parameters
@@ -74,11 +78,13 @@ def fill_stretch(address: int, nbytes: int, element: bytes) -> None:
         A multiple of the element's length.
     element : bytes
         The element.
+    untouched : bool, optional
+        Whether the memory is touched for the first time.
     """
     if nbytes < BY_WORDS:
         start = address - ORIGIN
         _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
-    elif nbytes <= PIECE:
+    elif nbytes <= PIECE or nbytes < SHARED_FROM and not untouched:
         _store(address, nbytes, element)
     elif nbytes >= BY_CLEARING and not any(element):
         half = nbytes // 2  # longer pieces are faster: with 2 MiB it would take twice as long

@@ -351,12 +351,31 @@ def test_which_elements_are_made_of_one_word(element: bytes, word: int | None) -
 @pytest.mark.parametrize(("dtype", "offset"), [("complex128", 3), ("float32", 4)], ids=["rows", "words"])
 def test_very_large_arrays_are_filled_by_two_threads(dtype: str, offset: int, more: int) -> None:
     element = np.frombuffer(element_of(dtype).tobytes(), np.uint8)
-    memory, target = guarded(((4 * host_fill.PIECE + more) // element.size,), dtype, offset)
+    memory, target = guarded(((host_fill.SHARED_FROM + more) // element.size,), dtype, offset)
     gpuconst.fill(target, value_of(dtype))
     inside = memory[GUARD + offset : -GUARD].reshape(-1, element.size)
     assert (inside == element).all()
     assert np.array_equal(memory[: GUARD + offset], noise(GUARD + offset))
     assert np.array_equal(memory[-GUARD:], noise(memory.size)[-GUARD:])
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "untouched", "pieces"),
+    [
+        (host_fill.PIECE, True, 0),
+        (host_fill.PIECE + 4, True, 2),
+        (host_fill.SHARED_FROM - 4, False, 0),
+        (host_fill.SHARED_FROM, False, host_fill.SHARED_FROM // host_fill.PIECE),
+    ],
+)
+def test_memory_that_is_touched_first_is_shared_sooner(
+    nbytes: int, untouched: bool, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[int] = []
+    monkeypatch.setattr(host_fill, "share", lambda tasks: shared.extend(range(len(tasks))))
+    x = np.empty(nbytes // 4, np.float32)
+    host_fill.fill_stretch(x.ctypes.data, nbytes, bytes(4), untouched=untouched)
+    assert len(shared) == pieces
 
 
 @pytest.mark.parametrize(("value", "element"), [(0.0, bytes(4)), (-0.0, b"\0\0\0\x80")])

@@ -330,7 +330,7 @@ def test_when_the_interpreter_ends(run_python: Callable[..., Any]) -> None:
         import atexit, gpuconst
         import numpy as np
 
-        x = np.zeros({host_fill.PIECE // 4 + 1}, np.float32)
+        x = np.zeros({host_fill.SHARED_FROM // 4}, np.float32)
         atexit.register(lambda: print(int(gpuconst.fill(x, 2.0).sum()) == 2 * x.size))
         """
     )
