@@ -84,7 +84,7 @@ def _repetitions(run: Callable[[], Any], target: float) -> int:
 
 def failure(error: Exception) -> dict[str, str]:
     """Return a reply whose first line says what is wrong; its traceback follows."""
-    said, _, _ = str(error).strip().partition("\n")
+    said, _, _ = str(error).strip().partition("\n")  # not by gpuconst's `first_line`: peers run without gpuconst
     return {"error": f"{type(error).__name__}: {said}\n{traceback.format_exc()}"}
 
 
