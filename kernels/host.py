@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .host_fill import (
+    BY_STREAMING,
     MEMORY,
     ORIGIN,
     PIECE,
@@ -106,9 +107,9 @@ def fill(region: Region, index: int, stream: int) -> None:
         _filler(region)()
 
 
-def _filler(region: Region) -> Callable[[], None]:
-    """Return a function that fills a region of at least one element."""
-    return partial(assign_as_it_is, laid_over(region), region.element)
+def _filler(region: Region, *, past_caches: bool = False) -> Callable[[], None]:
+    """Return a function that fills a region of at least one element; see `fill_stretch`."""
+    return partial(assign_as_it_is, laid_over(region), region.element, past_caches=past_caches)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
@@ -135,7 +136,9 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
     regions = [*map(_as_region, alone.tolist()), *strided]
 
     in_turn: list[Callable[[], None]] = [scatter.store for scatter in scatters]
-    shared = [_filler(region) for region in regions if region.nbytes >= SMALLEST_SHARED]
+    large = [region for region in regions if region.nbytes >= SMALLEST_SHARED]
+    past_caches = sum(region.nbytes for region in large) >= BY_STREAMING
+    shared = [_filler(region, past_caches=past_caches) for region in large]
     if sum(scatter.nbytes for scatter in scatters) >= SCATTERED_BY_TWO:
         in_turn, shared = [], [*in_turn, *shared]
     in_turn += [_filler(region) for region in regions if region.nbytes < SMALLEST_SHARED]

@@ -380,7 +380,7 @@ def test_memory_that_is_touched_first_is_shared_sooner(
 
 @pytest.mark.parametrize(("value", "element"), [(0.0, bytes(4)), (-0.0, b"\0\0\0\x80")])
 def test_very_large_arrays_of_zeros(value: float, element: bytes) -> None:
-    memory, target = guarded((host_fill.BY_CLEARING // 4 + 1,), "float32", 1)
+    memory, target = guarded((host_fill.BY_STREAMING // 4 + 1,), "float32", 1)
     gpuconst.fill(target, value)
     assert (memory[GUARD + 1 : -GUARD].reshape(-1, 4) == np.frombuffer(element, np.uint8)).all()
     assert np.array_equal(memory[: GUARD + 1], noise(GUARD + 1))
@@ -400,9 +400,9 @@ def test_large_arrays_in_another_order_are_one_stretch(monkeypatch: pytest.Monke
     stretches: list[int] = []
     fill_stretch = host_fill.fill_stretch
 
-    def noted(address: int, nbytes: int, element: bytes) -> None:
+    def noted(address: int, nbytes: int, element: bytes, **options: bool) -> None:
         stretches.append(nbytes)
-        fill_stretch(address, nbytes, element)
+        fill_stretch(address, nbytes, element, **options)
 
     monkeypatch.setattr(host_fill, "fill_stretch", noted)
     columns = np.zeros((512, 1024), np.float32, order="F")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.cases.peers import on_threads
 from benchmarks.contest import VALUE, Case, Contender, Row
 
 _POISON = -7.0
@@ -125,20 +127,23 @@ def _foreach_copy(count: int, length: int) -> Callable[[], Any]:
     return run
 
 
-_CONTENDERS = [
-    Contender("fill_many", fill_many, ours=True),
-    Contender("plan.fill", plan, ours=True),
-    Contender("loop of Tensor.fill_", loop, threads=1),
+_OURS = [Contender("fill_many", fill_many, ours=True), Contender("plan.fill", plan, ours=True)]
+_LOOP = Contender("loop of Tensor.fill_", loop)
+_FOREACH = [
     Contender("_foreach_zero_ (zeros only)", _foreach_zero, beside=True, threads=1),
     Contender("_foreach_copy_ (from as much memory)", _foreach_copy, threads=1),
     Contender("_foreach_zero_ + _foreach_add_", _foreach_zero_add, threads=1),
 ]
 
 
+def _row(count: int, length: int, contenders: list[Contender]) -> Row:
+    return Row(f"{count:,} tensors of {length:,} floats", contenders, {"count": count, "length": length})
+
+
 def rows(quick: bool) -> list[Row]:
-    """Return one row, for tensors of 768 floats."""
-    count = 100 if quick else 10_000
-    return [Row(f"{count:,} tensors of 768 floats", _CONTENDERS, {"count": count, "length": 768})]
+    """Return a row for tensors of 768 floats, and in a full run one for matrices of 768 x 768."""
+    small = _row(100 if quick else 10_000, 768, [*_OURS, dataclasses.replace(_LOOP, threads=1), *_FOREACH])
+    return [small] if quick else [small, _row(100, 768 * 768, [*_OURS, *on_threads(_LOOP), *_FOREACH])]
 
 
 CASE = Case("Many existing tensors", rows, check=check_each)
