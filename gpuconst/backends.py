@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -188,11 +187,11 @@ def load(name: str) -> Backend:
 
 
 def _parse(device: str) -> tuple[str, int | None]:
-    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", device)
-    if found is None or found[0].startswith("cpu:") and found[2] != "0":
+    kind, colon, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or colon and not index.isdecimal() or kind == "cpu" and index not in ("", "0"):
         meant = "; a GPU is 'cuda' here" if device.startswith("gpu") else ""
         raise ValueError(f"unknown device {brief(device)}; devices are 'cpu', 'cuda' and 'cuda:N'{meant}")
-    return found[1], (int(found[2]) if found[2] else None)
+    return kind, (int(index) if index else None)
 
 
 def _found(name: str, kind: str, index: int, module: Backend, passed_over: dict[str, str]) -> Place:

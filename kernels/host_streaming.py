@@ -1,7 +1,7 @@
 """Stores that go past the caches, for more memory than they hold.
 
 A processor reads what it is about to overwrite into its cache first, unless it is told not to: memory that no
-cache holds would be moved twice. No C library has a fill of words with such stores, so here is one, in the machine
+cache holds would be moved twice. The C library has no fill of words with such stores, so here is one, in the machine
 code of x86-64: ``store(address, low, high, lines)`` puts a tile in every 16 bytes of that many cache lines.
 """
 
