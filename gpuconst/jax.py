@@ -66,18 +66,14 @@ class constant:
            [0.5, 0.5, 0.5]], dtype=bfloat16)
     """
 
-    __slots__ = ("dtype", "value")
-
-    value: Any
-    dtype: Any
-
     def __init__(self, value: Any, dtype: Any = None) -> None:
         if isinstance(value, np.generic | np.ndarray) and is_number(value):
             value = value.item()  # the dtype of the value is ignored
         if not (_is_scalar(value) or is_array(value)):
             raise TypeError(f"constant takes a bool, int, float, complex, NumPy scalar or array, not {brief(value)}")
         self.value = value
-        self.dtype = None if dtype is None else jax.numpy.dtype(dtype)
+        # Python's own types stay what they are: JAX takes them for its default types, as set when it is called.
+        self.dtype = dtype if dtype is None or _is_pythons(dtype) else jax.numpy.dtype(dtype)
 
     def __call__(self, key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Any:
         """Return an array filled with the value.
@@ -126,17 +122,22 @@ class constant:
         return mine.dtype == theirs.dtype and mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()
 
     def __hash__(self) -> int:
-        return hash((repr(self.value) if _is_scalar(self.value) else None, self.dtype))
+        return hash(repr(self.value) if _is_scalar(self.value) else type(self))
 
     def __reduce__(self) -> Any:
         return type(self), (self.value, self.dtype)
 
     def __repr__(self) -> str:
-        return f"gpuconst.jax.constant({self.value!r}{'' if self.dtype is None else f', dtype={self.dtype.name!r}'})"
+        name = self.dtype.__name__ if _is_pythons(self.dtype) else repr(getattr(self.dtype, "name", None))
+        return f"gpuconst.jax.constant({self.value!r}{'' if self.dtype is None else f', dtype={name}'})"
 
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, bool | int | float | complex)
+
+
+def _is_pythons(dtype: Any) -> bool:
+    return isinstance(dtype, type) and dtype in (bool, int, float, complex)
 
 
 def _is_plain(shape: Any) -> bool:

@@ -67,6 +67,18 @@ def test_the_dtype_of_the_initializer_is_for_calls_without_one() -> None:
     assert constant(1)(None, (2,)).dtype == jnp.float32
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("kind", [bool, int, float, complex])
+def test_pythons_own_types_are_the_default_types_of_jax(kind: type, x64: bool) -> None:
+    made, given = constant(1, kind), jax.nn.initializers.constant(1, kind)
+    with jax.enable_x64(x64):
+        assert made(None, (2,)).dtype == given(jax.random.key(0), (2,)).dtype  # and no warning that it is narrowed
+    assert made == pickle.loads(pickle.dumps(made)) != constant(1)
+    assert len({made, constant(1, jnp.dtype(kind))}) == 1
+    assert repr(made) == f"gpuconst.jax.constant(1, dtype={kind.__name__})"
+
+
 # 64-bit types.
 
 
@@ -145,6 +157,13 @@ def test_jit(addresses: Callable[[], list[int]]) -> None:
     assert jitted().tolist() == [0.5] * 3
     assert "0.5" in str(jax.make_jaxpr(lambda: constant(0.5)(None, (3,)))())
     assert addresses() == []
+
+
+def test_the_initializer_itself_is_transformed() -> None:
+    made = jax.jit(constant(0.5), static_argnums=(1, 2))(jax.random.key(0), (2, 3), jnp.dtype("bfloat16"))
+    assert made.dtype == jnp.bfloat16
+    assert (made == 0.5).all()
+    assert jax.vmap(constant(0.5), in_axes=(0, None))(jax.random.split(jax.random.key(0), 4), (2,)).shape == (4, 2)
 
 
 def test_eval_shape_makes_nothing() -> None:
