@@ -348,7 +348,7 @@ def _encode_integer(number: int | float | complex, dtype: DType) -> bytes:
         elif -(2**63) <= number < 2**63:
             way_out = f'to wrap it, pass numpy.int64({number}).astype("{dtype.name}")'
         else:
-            way_out = "pass a value in that range, or a wider or floating dtype"
+            way_out = f"pass a value in that range{'' if _is_beyond_all(number) else ', or a wider or floating dtype'}"
         raise OverflowError(f"{_shown(number)} does not fit {dtype.name} ({low} … {high}); {way_out}")
     return np.array(number, dtype.numpy).tobytes()
 
