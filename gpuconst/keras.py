@@ -222,6 +222,8 @@ def _warn_once(error: Exception) -> None:
 def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Return a copy of values given as an array: a weight must not alias its caller's array."""
     given = keras.ops.convert_to_tensor(value, dtype=dtype)
+    if keras.backend.standardize_dtype(given.dtype) != dtype:  # on torch, Keras leaves a bfloat16 array what it is
+        given = keras.ops.cast(given, dtype)
     try:
         fits = np.broadcast_shapes(tuple(given.shape), shape) == shape
     except ValueError:

@@ -110,6 +110,12 @@ def test_arrays_are_those_of_keras(value: Any, shape: tuple[int, ...], dtype: st
     assert same(Constant(value)(shape, dtype), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "bfloat16"])
+def test_a_bfloat16_array_becomes_what_was_asked_for(dtype: str) -> None:
+    made = Constant(MATRIX.astype("bfloat16"))((50, 8), dtype)
+    assert same(made, keras.ops.cast(keras.ops.convert_to_tensor(MATRIX.astype("bfloat16").astype("float32")), dtype))
+
+
 @pytest.mark.parametrize(
     ("value", "shape"),
     [(np.ones((2, 3)), (3,)), (np.ones((2, 3)), (2, 2)), ([1, 2], ()), ([], (2, 3)), (np.ones((1, 1, 2)), (1, 2))],
