@@ -92,10 +92,8 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
             # Keras cannot save a complex number; in this form, its own Constant refuses to load it
             # instead of taking it for a vector of two.
             return {"value": {"complex": [float(self.value.real), float(self.value.imag)]}}
-        if isinstance(self.value, np.generic):
-            return {"value": self.value.item()}
-        if isinstance(self.value, Sequence):
-            return {"value": list(self.value)}  # JSON has only one kind of sequence
+        if isinstance(self.value, np.generic | Sequence):
+            return {"value": _plain(self.value)}
         config: dict[str, Any] = super().get_config()
         return config
 
@@ -126,6 +124,15 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"gpuconst.Constant({self.value!r})"
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy's numbers as Python's, and sequences as lists, inner ones too: JSON has only one kind."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(element) for element in value]
+    return value
 
 
 class _Fixed:

@@ -75,11 +75,22 @@ def test_numpy_scalars_are_saved_and_compared_as_numbers(value: Any) -> None:
     assert Constant(value) != Constant(0.25)
 
 
-@pytest.mark.parametrize("value", [(1, 2, 3), [1, 2, 3], range(1, 4)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [((1, 2), (3, 4)), [[1, 2], [3, 4]], [range(1, 3), range(3, 5)], [np.array([1, 2]), [np.int8(3), 4]]],
+    ids=repr,
+)
 def test_sequences_are_saved_as_lists(value: Any) -> None:
     config = json.loads(json.dumps(Constant(value).get_config()))
-    assert config == {"value": [1, 2, 3]}
+    assert config == {"value": [[1, 2], [3, 4]]}
     assert Constant.from_config(config) == Constant(value)
+
+
+def test_a_list_of_long_arrays_is_compared_in_full() -> None:
+    first, second = np.zeros(2000), np.zeros(2000)
+    second[1000] = 1
+    assert Constant([first, first]) == Constant([first.copy(), first])
+    assert Constant([first, first]) != Constant([first, second])
 
 
 def test_tensors_are_equal_only_to_themselves() -> None:
