@@ -93,6 +93,8 @@ def _several(xs: Any) -> list[Any]:
         way_out = "pass its tolist()"
     elif hasattr(xs, "__dlpack__") or isinstance(xs, bytearray | memoryview):
         way_out = "for one array use gpuconst.fill"
+    elif hasattr(type(xs), "__array__"):  # a dataset of h5py reads each row anew
+        way_out = "its parts may be copies, and what they are filled with lost; pass a list of arrays"
     elif not isinstance(xs, Iterable):
         way_out = "pass a list of them"
     if way_out is not None:

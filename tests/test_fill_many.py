@@ -456,6 +456,14 @@ def test_one_array_instead_of_several(x: Any) -> None:
         gpuconst.fill_many(x, 1)
 
 
+def test_a_dataset_whose_rows_are_copies() -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File("rows", "w", driver="core", backing_store=False) as file:
+        rows = file.create_dataset("rows", data=np.zeros((2, 3)))
+        with pytest.raises(TypeError, match="xs is Dataset, expected several arrays; its parts may be copies"):
+            gpuconst.fill_many(rows, 1)
+
+
 @pytest.mark.parametrize("x", [None, 5, torch.optim.SGD([torch.zeros(3)])], ids=lambda x: type(x).__name__)
 def test_no_arrays_at_all(x: Any) -> None:
     with pytest.raises(TypeError, match=rf"xs is {type(x).__name__}, expected several arrays; pass a list of them$"):
