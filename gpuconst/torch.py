@@ -359,8 +359,9 @@ def _check_shared(tensors: Sequence[_Tensor]) -> None:
     """Refuse different constants for the same memory, which has room for the last only."""
     owners: dict[int, _Tensor] = {}
     for found in tensors:
-        if found.has_memory and found.element is not None and found.tensor.numel():
-            other = owners.setdefault(local_part(found.tensor).data_ptr(), found)
+        part = local_part(found.tensor)
+        if found.has_memory and found.element is not None and part.numel():  # of a shard, this process may have nothing
+            other = owners.setdefault(part.data_ptr(), found)
             if other.element != found.element:
                 raise ValueError(f"{other.said}, and {found.said}, are the same memory; give both the same value")
 

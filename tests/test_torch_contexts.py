@@ -311,5 +311,11 @@ def test_fsdp_from_meta_to_a_training_step(run_ranks: Callable[[str, int], list[
         model(x)
         gpuconst.torch.materialize_(model, {"*": 1})
         print([p.full_tensor().unique().tolist() for p in model.parameters()])
+
+        # Of the last four, the second process has nothing.
+        assert sum(not len(p.to_local()) for p in model.parameters()) == (0 if rank == 0 else 4)
+        gpuconst.torch.materialize_(model, {"2.bias": 2, "3.weight": 3, "3.bias": 4, "*": 1})
+        print([p.full_tensor().unique().tolist() for p in model.parameters()])
     """
-    assert run_ranks(code, 2) == ["[[1.0], [1.0], [1.0], [1.0], [1.0], [1.0]]"] * 2
+    once, again = "[[1.0], [1.0], [1.0], [1.0], [1.0], [1.0]]", "[[1.0], [1.0], [1.0], [2.0], [3.0], [4.0]]"
+    assert run_ranks(code, 2) == [f"{once}\n{again}"] * 2
