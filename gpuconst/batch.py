@@ -17,7 +17,7 @@ from .torch_rules import Columns, check_writable, columns, has_memory, is_tensor
 from .values import encode, encode_each
 from .views import View, array_columns, numpy_columns, view_of
 
-__all__ = ["Batch", "each_with_value", "gather", "tiles", "writable_view"]
+__all__ = ["Batch", "check_value", "each_with_value", "gather", "tiles", "writable_view"]
 
 
 class Batch(NamedTuple):
@@ -269,12 +269,13 @@ def _other_parts(
     """Return the parts that consist of arrays of any kind, examined one by one."""
     found: dict[str, list[tuple[int, View, Region]]] = {}
     for position in positions:
-        x = arrays[position]
-        if is_tensor(x) and not has_memory(x):
-            continue
+        x, value = arrays[position], fill_value if values is None else values[position]
         try:
+            if is_tensor(x) and not has_memory(x):
+                check_value(x, value)
+                continue
             view = writable_view(x)
-            element = encode(fill_value if values is None else values[position], view.dtype)
+            element = encode(value, view.dtype)
         except (TypeError, ValueError, OverflowError, RuntimeError, BufferError) as error:
             raise about(error, f"xs[{position}]") from None
         region = normalised(Region(view.address, view.shape, view.strides, element))
@@ -367,6 +368,11 @@ def _end(region: Region) -> int:
     for length, stride in zip(region.shape, region.strides, strict=True):
         last += (length - 1) * stride
     return last
+
+
+def check_value(x: Any, value: Any) -> None:
+    """Raise if a value does not fit a tensor without memory: a dry run finds what a run would."""
+    encode(value, resolve_dtype(x.dtype))
 
 
 def writable_view(x: Any) -> View:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .array import Array
 from .backends import Place, select
-from .batch import Batch, each_with_value, gather, writable_view
+from .batch import Batch, check_value, each_with_value, gather, writable_view
 from .dtypes import resolve_dtype
 from .kernels import host_fill
 from .kernels.cuda_driver import on_any_thread
@@ -54,7 +54,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     x : array
         A writable NumPy or CuPy array, a torch tensor, a gpuconst `Array`, or any object with DLPack,
         the buffer protocol or ``__cuda_array_interface__``; contiguous, strided, flipped or expanded.
-        Of a DTensor, the local part is filled. A meta or fake tensor has no memory and is left alone.
+        Of a DTensor, the local part is filled. For a meta or fake tensor, only the value is checked.
     fill_value : scalar or bytes
         As for `full`; it must fit the dtype of `x`.
     stream : optional
@@ -97,6 +97,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
             mark_stretch_written(x)
         return x
     if is_torch and not has_memory(x):
+        check_value(x, fill_value)
         return x
     view = writable_view(x)
     element = encode(fill_value, view.dtype)

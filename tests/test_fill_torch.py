@@ -137,6 +137,20 @@ def test_a_fake_tensor_is_left_alone() -> None:
         assert gpuconst.fill(x, 5.0) is x
 
 
+@pytest.mark.parametrize("context", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+@pytest.mark.parametrize(("value", "error"), [(300, OverflowError), (0.5, TypeError), ("1", TypeError)])
+def test_a_value_is_checked_for_tensors_without_memory_too(
+    context: Callable[[], AbstractContextManager[Any]], value: Any, error: type[Exception]
+) -> None:
+    with context():
+        x = torch.zeros(3, dtype=torch.int8)
+        with pytest.raises(error):
+            gpuconst.fill(x, value)
+        for prepare in (gpuconst.fill_many, gpuconst.plan_fill):
+            with pytest.raises(error, match=r"^xs\[1\]: "):
+                prepare([x, x], [1, value])
+
+
 class KeepsDataElsewhere(torch.Tensor):
     """A subclass of the kind that wraps another tensor."""
 
