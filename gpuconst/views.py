@@ -236,6 +236,7 @@ def _read_array(x: Array) -> View:
 
 
 def _read_numpy(x: Any) -> View:
+    x = np.asarray(x)  # a subclass may say anything of itself
     dtype = resolve_dtype(x.dtype)
     read_only = None if x.flags.writeable else _READ_ONLY
     return View(x.__array_interface__["data"][0], x.shape, x.strides, dtype, "cpu", x, read_only)

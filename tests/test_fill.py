@@ -241,6 +241,21 @@ def test_a_masked_array_keeps_its_mask() -> None:
     assert x.mask.tolist() == [False, True]
 
 
+class SaysOtherwise(np.ndarray):
+    """A subclass with a shape of its own, such as that of what its elements stand for."""
+
+    @property  # type: ignore[misc]
+    def shape(self) -> Any:
+        return 5, 7
+
+
+@pytest.mark.parametrize("fill", [gpuconst.fill, lambda x, value: gpuconst.fill_many([x], value)])
+def test_a_subclass_is_filled_as_far_as_its_memory_goes(fill: Callable[..., Any]) -> None:
+    whole = np.zeros(5)
+    fill(whole[1:4].view(SaysOtherwise), 7)
+    assert whole.tolist() == [0, 7, 7, 7, 0]
+
+
 def test_a_memmap(tmp_path: Path) -> None:
     path = tmp_path / "memory"
     path.write_bytes(bytes(40))
