@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from .log import debug
 from .rules import Rules
 from .torch_rules import compiling, has_memory, is_dtensor, keeps_data_elsewhere, local_part
 from .values import encode
+from .views import shares_memory
 
 try:
     import torch
@@ -344,7 +346,7 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
             )
         part = local_part(tensor)
         start = part.storage_offset()
-        stop = start + sum([(n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True)]) + 1
+        stop = start + _reach(part)
         others = taken.setdefault(part.untyped_storage()._cdata, [])
         for first, last, other in others if part.numel() else ():
             if start < last and first < stop:
@@ -357,13 +359,23 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
 
 def _check_shared(tensors: Sequence[_Tensor]) -> None:
     """Refuse different constants for the same memory, which has room for the last only."""
-    owners: dict[int, _Tensor] = {}
+    spans = []
     for found in tensors:
         part = local_part(found.tensor)
         if found.has_memory and found.element is not None and part.numel():  # of a shard, this process may have nothing
-            other = owners.setdefault(part.data_ptr(), found)
-            if other.element != found.element:
-                raise ValueError(f"{other.said}, and {found.said}, are the same memory; give both the same value")
+            spans.append((part.data_ptr(), part.data_ptr() + _reach(part) * part.itemsize, found))
+    reached: list[tuple[int, _Tensor]] = []
+    for start, stop, found in sorted(spans, key=operator.itemgetter(0)):
+        reached = [(end, other) for end, other in reached if end > start]
+        for _, other in reached:
+            if other.element != found.element and shares_memory(other.tensor, found.tensor):
+                raise ValueError(f"{other.said}, and {found.said}, share memory; give both the same value")
+        reached.append((stop, found))
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Return how many elements of its storage a tensor of at least one element spans."""
+    return 1 + sum([(n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)])
 
 
 def _check_keras(parts: Sequence[tuple[str, torch.nn.Module]]) -> None:

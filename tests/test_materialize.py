@@ -496,6 +496,18 @@ def in_the_same_memory() -> nn.Module:
     return module
 
 
+def buffers(*tensors: torch.Tensor) -> nn.Module:
+    module = nn.Module()
+    for number, tensor in enumerate(tensors):
+        module.register_buffer(f"buffer{number}", tensor)
+    return module
+
+
+def in_part_of_the_same_memory() -> nn.Module:
+    memory = torch.zeros(20)
+    return buffers(memory[:20], memory[:5], memory[10:15])
+
+
 def fake() -> nn.Module:
     with FakeTensorMode():
         return nn.Linear(2, 2)
@@ -548,7 +560,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
         in_the_same_memory,
         {"embed.*": 1.0, "*": 2.0},
         ValueError,
-        "'embed.weight', by the rule 'embed.*', and 'head.weight', by the rule '*', are the same memory",
+        "'embed.weight', by the rule 'embed.*', and 'head.weight', by the rule '*', share memory",
+    ),
+    "one memory in part": (
+        in_part_of_the_same_memory,
+        {"buffer2": 2.0, "*": 1.0},
+        ValueError,
+        "'buffer0', by the rule '*', and 'buffer2', by the rule 'buffer2', share memory; give both the same value",
     ),
     "lazily negated": (
         lambda: buffer(torch.ones(3, dtype=torch.complex64).conj().imag),
@@ -662,6 +680,13 @@ def test_a_function_that_returns_a_number_is_refused(device: str) -> None:
         TypeError, match=r"'weight', by the rule '\*': the function returned 0\.5, expected one that wr"
     ):
         materialize_(nn.Linear(2, 3, device=device), {"*": lambda tensor: 0.5}, device="cpu")
+
+
+def test_buffers_that_lie_between_each_others_elements_are_filled_with_different_constants() -> None:
+    columns = torch.zeros(6, 2)
+    module = materialize_(buffers(columns[:, 0], columns[:, 1]), {"buffer0": 1.0, "buffer1": 2.0})
+    assert columns.tolist() == [[1.0, 2.0]] * 6
+    assert [buffer.data_ptr() for buffer in module.buffers()] == [columns.data_ptr(), columns.data_ptr() + 4]
 
 
 def test_views_that_do_not_overlap_become_tensors_of_their_own() -> None:
