@@ -151,10 +151,14 @@ def _hint(dtype: Any) -> str:
     if isinstance(dtype, str):
         import difflib
 
-        nearest = difflib.get_close_matches(dtype.removeprefix("torch."), DTYPES, 1)
-        return "".join(f"did you mean {name!r}? " for name in nearest)
+        name = dtype.removeprefix("torch.")
+        longer = [row for row in DTYPES if name and row.startswith(name)]  # of float8 there are eight
+        meant = longer or difflib.get_close_matches(name, DTYPES, 1)
+        return f"did you mean {', '.join(map(repr, meant))}? " if meant else ""
     if isinstance(dtype, np.dtype) and dtype.names:
         return f"of a structured array take one field, such as x[{dtype.names[0]!r}]; "
     if isinstance(dtype, np.dtype) and dtype.kind in "mM":
         return "take the integers that dates and durations are, x.view('int64'); "
+    if isinstance(dtype, np.dtype) and dtype.kind == "S":
+        return "take the bytes that characters are, numpy.frombuffer(x, 'uint8'); "
     return ""

@@ -150,7 +150,15 @@ def test_an_unknown_dtype_is_told_the_known_ones(dtype: Any) -> None:
         gpuconst.full(1, 1, dtype=dtype, device="cpu")
 
 
-@pytest.mark.parametrize(("spelling", "meant"), [("bf16", "bfloat16"), ("torch.float32", "float32"), ("Int8", "int8")])
+@pytest.mark.parametrize(
+    ("spelling", "meant"),
+    [
+        ("bf16", "bfloat16"),
+        ("torch.float32", "float32"),
+        ("Int8", "int8"),
+        ("float8_e5", "float8_e5m2', 'float8_e5m2fnuz"),
+    ],
+)
 def test_a_misspelt_dtype_is_told_the_nearest(spelling: str, meant: str) -> None:
     with pytest.raises(TypeError, match=f"unknown dtype '{spelling}'; did you mean '{meant}'. the dtypes are bool, "):
         gpuconst.full(3, 1, dtype=spelling)

@@ -195,6 +195,15 @@ def test_a_field_of_a_structured_array_and_the_integers_of_dates_are_the_way_out
     assert dates.tolist() == np.full(3, 1, "M8[s]").tolist()
 
 
+@pytest.mark.parametrize("make", [lambda: np.zeros(2, "S3"), lambda: ctypes.create_string_buffer(6)])
+def test_the_bytes_of_characters_are_the_way_out(make: Callable[[], Any]) -> None:
+    x = make()
+    with pytest.raises(TypeError, match=re.escape("take the bytes that characters are, numpy.frombuffer(x, 'uint8')")):
+        gpuconst.fill(x, 65)
+    gpuconst.fill(np.frombuffer(x, "uint8"), 65)
+    assert bytes(x) == b"AAAAAA"
+
+
 @pytest.mark.parametrize("dtype", [">f4", ">i2", ">c16"])
 def test_foreign_byte_order_is_refused(dtype: str) -> None:
     x = np.ones(3, dtype)
