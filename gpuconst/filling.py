@@ -92,9 +92,9 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     found = _at_sight(x, fill_value, is_torch) if stream is None else None
     if found is not None:
         store, arguments, _ = found
-        store(*arguments)
         if is_torch:
-            mark_stretch_written(x)
+            mark_stretch_written(x)  # first, since a fill that is interrupted has written too
+        store(*arguments)
         return x
     if is_torch and not has_memory(x):
         check_value(x, fill_value)
@@ -105,10 +105,10 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     handle = stream_handle(stream, place) if stream is not None else _owners_stream(x, view, place)
     if view.stream is not None:
         _wait_for_owner(x, view.stream, handle, place)
-    place.module.fill(Region(view.address, view.shape, view.strides, element), place.ordinal, handle)
     if is_torch:
         mark_written([x])
-    elif isinstance(x, Array):
+    place.module.fill(Region(view.address, view.shape, view.strides, element), place.ordinal, handle)
+    if isinstance(x, Array):
         x._stream = on_any_thread(handle)
     return x
 
@@ -218,10 +218,10 @@ def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
         if found is None or found[2] != "cpu" or x.nbytes >= host_fill.SMALLEST_SHARED:
             return False
         stores.append(found)
-    for store, arguments, _ in stores:
-        store(*arguments)
     if tensors:
         mark_written(tensors)
+    for store, arguments, _ in stores:
+        store(*arguments)
     return True
 
 
@@ -407,10 +407,9 @@ def _prepared(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | N
 def _fill(steps: Sequence[_Step], stream: Any, tensors: Sequence[Any]) -> None:
     if tensors:
         check_eager()
+        mark_written(tensors)
     for step in steps:
         step.fill(stream)
-    if tensors:
-        mark_written(tensors)
 
 
 def _check_stream(stream: Any, steps: Sequence[_Step]) -> None:

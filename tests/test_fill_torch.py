@@ -12,6 +12,7 @@ import torch.autograd.forward_ad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpuconst
+from gpuconst.kernels import host, host_fill
 
 
 def saved_by_autograd() -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +48,37 @@ def test_filling_a_view_counts_as_writing_its_base(view: str) -> None:
         gpuconst.fill(VIEWS[view](saved), 5.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.backward()  # type: ignore[no-untyped-call]
+
+
+FILLS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "fill": lambda x: gpuconst.fill(x, 5.0),
+    "fill_many": lambda x: gpuconst.fill_many([x], 5.0),
+    "a plan": lambda x: gpuconst.plan_fill([x], 5.0).fill(),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_fill_that_is_interrupted_counts_as_a_write(fill: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [(host_fill, "fill_stretch"), (host, "assign_as_it_is")]  # of contiguous tensors, and of all others
+    for module, name in stores:
+        monkeypatch.setattr(module, name, interrupted(getattr(module, name)))
+    saved, result = saved_by_autograd()
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        FILLS[fill](saved[::step])
+    assert saved[0] == 5.0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()  # type: ignore[no-untyped-call]
+
+
+def interrupted(store: Callable[..., None]) -> Callable[..., None]:
+    """Return a store that is interrupted when it has done its work."""
+
+    def run(*arguments: Any, **keywords: Any) -> None:
+        store(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    return run
 
 
 def test_data_is_outside_of_autograd_as_with_fill_() -> None:
