@@ -358,7 +358,7 @@ class _Step:
         self._kinds = set(map(type, arrays)) if on_gpu else set()
 
     def prepare(self, stream: Any) -> None:
-        self._prepared_on, _ = self._streams(stream)
+        self._prepared_on, _ = self.streams(stream)
         self._run = self.place.module.prepare(
             self._batch.runs, self._batch.strided, self.place.ordinal, self._prepared_on
         )
@@ -371,7 +371,7 @@ class _Step:
     def fill(self, stream: Any) -> None:
         assert self._run is not None
         place = self.place
-        handle, others = self._streams(stream)
+        handle, others = self.streams(stream)
         for other in others:
             place.module.order(other, handle, place.ordinal)
         for array in self._ours:
@@ -383,7 +383,7 @@ class _Step:
             for other in others:
                 place.module.order(handle, other, place.ordinal)
 
-    def _streams(self, stream: Any) -> tuple[int, list[int]]:
+    def streams(self, stream: Any) -> tuple[int, list[int]]:
         """Return the stream to fill on, and the other streams that the arrays are used on, which it waits for."""
         if self.place.device == "cpu":
             return 0, []
@@ -413,8 +413,12 @@ def _fill(steps: Sequence[_Step], stream: Any, tensors: Sequence[Any]) -> None:
 
 
 def _check_stream(stream: Any, steps: Sequence[_Step]) -> None:
-    if stream is not None and steps and all(step.place.device == "cpu" for step in steps):
+    if stream is None:
+        return
+    if steps and all(step.place.device == "cpu" for step in steps):
         raise ValueError(f"stream={stream!r} was given, but all arrays are on the CPU, which has none; drop it")
+    for step in steps:
+        step.streams(stream)  # of another device, it is refused
 
 
 def _tensors(arrays: Sequence[Any]) -> list[Any]:

@@ -273,6 +273,19 @@ def test_a_stream_of_another_device_is_refused() -> None:
     assert not launches()
 
 
+@on_standin()
+def test_a_stream_of_one_device_for_a_plan_of_two_is_refused_before_either_is_filled() -> None:
+    class Stream:
+        device_index = 0
+        cuda_stream = new_stream()
+
+    arrays = [gpuconst.zeros(10, device=f"cuda:{index}") for index in range(2)]
+    plan = gpuconst.plan_fill(arrays, 1.0)
+    with pytest.raises(ValueError, match="is a stream of cuda:0, the memory is on cuda:1"):
+        plan.fill(stream=Stream())
+    assert len(launches()) == len(arrays)  # the zeros
+
+
 @pytest.mark.parametrize("stream", [True, False, -1, 1.0, "1"])
 @on_standin()
 def test_what_is_no_stream_is_refused(stream: Any) -> None:
