@@ -176,7 +176,7 @@ class Array:
         on_cpu = self._place.device == "cpu"
         if on_cpu and stream is not None:
             raise RuntimeError(f"stream={stream!r} was given, but the memory is on the CPU, which has none")
-        consumer = None if on_cpu else consumer_handle(stream)
+        consumer = None if on_cpu else consumer_handle(stream, self._place.ordinal)
         source = self
         if copy or target != here:
             source = self._copied_to(self._place if target == here else select("cpu"))

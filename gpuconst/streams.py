@@ -61,14 +61,19 @@ def stream_handle(stream: Any, place: Place) -> int:
     )
 
 
-def consumer_handle(stream: Any) -> int | None:
+def consumer_handle(stream: Any, ordinal: int) -> int | None:
     """Return the handle of the stream that a DLPack consumer names.
+
+    The handle keeps the stream alive if it is CuPy's current one, which CuPy itself names: CuPy destroys a stream
+    with its object, which may be before the memory is given back.
 
     Parameters
     ----------
     stream : int, optional
         Numbered as in the array API standard: None or 1 for the legacy default stream, 2 for the
         per-thread one, -1 for no synchronisation, else a handle.
+    ordinal : int
+        Index of the GPU.
 
     Returns
     -------
@@ -87,7 +92,10 @@ def consumer_handle(stream: Any) -> int | None:
             f"stream={stream!r} is no CUDA stream number of DLPack; expected None, 1 (legacy default), "
             "2 (per-thread default), -1 (no synchronisation) or a handle"
         )
-    return None if stream == -1 else stream
+    if stream == -1:
+        return None
+    current = _cupy_stream(ordinal)
+    return Handle(stream, current) if current is not None and current.ptr == stream else stream
 
 
 def check_captured(handle: int, place: Place) -> None:
@@ -109,7 +117,8 @@ def check_captured(handle: int, place: Place) -> None:
     torch = torch_stream(ordinal)
     if torch and torch != handle and cuda_driver.is_capturing(ordinal, torch):
         raise _would_be_missing(f"torch.cuda.current_stream({ordinal})")
-    cupy = _cupy_stream(ordinal)
+    current = _cupy_stream(ordinal)
+    cupy = current.ptr if current is not None else 0
     if cupy and cupy != handle and cuda_driver.is_capturing(ordinal, cupy):
         raise _would_be_missing(f"cupy.cuda.get_current_stream({ordinal})")
 
@@ -131,15 +140,15 @@ def torch_stream(ordinal: int) -> int:
     return cast(int, torch._C._cuda_getCurrentRawStream(ordinal))
 
 
-def _cupy_stream(ordinal: int) -> int:
-    """Return the handle of CuPy's current stream on a device; 0 if CuPy is not in use."""
+def _cupy_stream(ordinal: int) -> Any:
+    """Return CuPy's current stream on a device; None if CuPy is not in use."""
     cuda = getattr(sys.modules.get("cupy"), "cuda", None)
     if cuda is None:
-        return 0
+        return None
     try:
-        return cast(int, cuda.get_current_stream(ordinal).ptr)
+        return cuda.get_current_stream(ordinal)
     except Exception:  # it can be imported and still not work
-        return 0
+        return None
 
 
 def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
@@ -158,11 +167,10 @@ def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
         One for each framework that has a current stream there, torch's first.
     """
     handles = []
-    cupy = sys.modules.get("cupy")
-    tensor, array = getattr(sys.modules.get("torch"), "Tensor", ()), getattr(cupy, "ndarray", ())
+    tensor, array = getattr(sys.modules.get("torch"), "Tensor", ()), getattr(sys.modules.get("cupy"), "ndarray", ())
     if any(issubclass(kind, tensor) for kind in kinds):
         handles.append(torch_stream(ordinal))
-    if cupy is not None and any(issubclass(kind, array) for kind in kinds):
-        current = cupy.cuda.get_current_stream(ordinal)
-        handles.append(Handle(current.ptr, current))  # CuPy destroys the stream with its object
+    if any(issubclass(kind, array) for kind in kinds):
+        current = _cupy_stream(ordinal)
+        handles.append(Handle(current.ptr, current))  # see `consumer_handle`
     return handles

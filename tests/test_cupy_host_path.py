@@ -214,6 +214,21 @@ def test_cupys_current_stream_outlives_what_it_has_to_wait_for() -> None:
 
 
 @on_cupy
+def test_a_stream_on_which_cupy_took_an_array_outlives_its_memory() -> None:
+    array = gpuconst.full(10, 1.0, device="cuda:0")
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        shared = array.to_cupy()
+    handle = stream.ptr
+    del stream
+    gc.collect()
+    assert handle in alive("s")
+    del array, shared
+    gc.collect()
+    assert handle not in alive("s")
+    assert calls("cuEventRecord")[-1].endswith(f"stream={handle:#x}")
+
+
+@on_cupy
 def test_memory_whose_consumer_is_captured_is_given_back_afterwards() -> None:
     consumer = new_stream()
     array = gpuconst.full(10, 1.0, device="cuda:0")
