@@ -1,11 +1,14 @@
 """The benchmarks work, say what they found, and the texts quote that and nothing else. The figures are not tested."""
 
 import dataclasses
+import functools
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import cases, harness, report, trees
+from benchmarks.cases import cuda_time
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import check_filled
 from benchmarks.contest import Case, Contender, MissingError, Row
@@ -297,6 +301,35 @@ def test_gpu_check_sees_what_is_missed_and_what_is_touched_beside() -> None:
     for filler, message in ((too_short, "an element was missed"), (too_long, "a byte beside them was written")):
         with pytest.raises(AssertionError, match=message):
             memory.check(filler)
+
+
+class _IdleEvent:
+    """An event of a device that has done everything before it is asked."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        pass
+
+    synchronize = record
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: "_IdleEvent") -> float:
+        return 6.0
+
+
+def test_gpu_time_taken_again_is_that_of_other_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[int] = []
+    cuda = SimpleNamespace(Event=_IdleEvent, synchronize=lambda: None, _sleep=slept.append)
+    monkeypatch.setattr(cuda_time, "torch_cuda", lambda: SimpleNamespace(cuda=cuda))
+    filled: list[int] = []
+    buffers = itertools.cycle([functools.partial(filled.append, number) for number in range(100)])
+    assert cuda_time.device_seconds(buffers, 3) == pytest.approx(0.002)
+    assert filled == [0, 1, 2, 3, 4, 5]
+    assert slept == [3 * cycles for cycles in cuda_time._CYCLES_A_CALL]
 
 
 # The harness.

@@ -85,14 +85,14 @@ def device_seconds(turns: Iterator[Callable[[], Any]], number: int) -> float:
     Parameters
     ----------
     turns : iterator of callable
-        Continues from one sample to the next, so that no memory is still in the cache.
+        Continues from one sample to the next, and when one is taken again, so that no memory is still in the cache.
     number : int
         Number of calls between the events.
     """
     torch = torch_cuda()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    runs = list(itertools.islice(turns, number))
     for cycles in _CYCLES_A_CALL:
+        runs = list(itertools.islice(turns, number))
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles * number)
         start.record()
