@@ -242,6 +242,14 @@ def test_memory_whose_consumer_is_captured_is_given_back_afterwards() -> None:
 
 
 @on_cupy
+def test_a_capture_on_another_stream_is_not_spoiled_where_the_pool_grows() -> None:
+    with test_cuda_streams.captured(new_stream()):
+        array = gpuconst.full(10, 1.0, device="cuda", stream=new_stream())
+    assert calls("cuMemAlloc_v2")
+    assert (array.to_numpy() == 1.0).all()
+
+
+@on_cupy
 def test_memory_of_another_allocator_goes_back_on_a_stream_that_is_there() -> None:
     """CuPy's stream-ordered memory knows its stream by a weak reference."""
     freed = []
