@@ -1,4 +1,4 @@
-"""Stores that go past the caches, for more memory than they hold.
+"""A fill whose stores bypass the caches, for more memory than these hold.
 
 A processor reads what it is about to overwrite into its cache first, unless it is told not to: memory that no
 cache holds would be moved twice. The C library has no fill of words with such stores, so here is one, in the machine
@@ -66,7 +66,7 @@ def streaming_store() -> Callable[[int, int, int, int], None] | None:
 
 
 def is_touched(address: int) -> bool:
-    """Whether the page of an address has been written to, so that it is memory and not only a promise of it."""
+    """Whether the page of an address is in memory, and not only promised, as it is before its first touch."""
     found = ctypes.c_ubyte()
     _mincore()(address & -mmap.PAGESIZE, 1, ctypes.byref(found))
     return bool(found.value & 1)
