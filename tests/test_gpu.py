@@ -317,6 +317,19 @@ def test_freed_memory_is_not_refilled_under_a_consumer(backend: str, torch: Any)
     assert [float(x.max()) for x in copies] == [float(n) for n in range(200)]
 
 
+def test_memory_is_given_back_after_cupys_stream_has_gone(backend: str) -> None:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    for value in range(20):
+        made = gpuconst.full(1 << 16, float(value), device="cuda")
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            total = made.to_cupy().sum()
+        stream.synchronize()
+        del stream
+        gc.collect()
+        assert float(total) == value * (1 << 16)
+        del made, total
+
+
 @pytest.mark.parametrize("kind", ["int", "torch", "cupy", "cuda.core", "numba"])
 def test_streams_of_every_library(backend: str, torch: Any, kind: str) -> None:
     if kind == "int":
