@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -382,15 +381,20 @@ def _captured(stream: int) -> bool | None:
     return status.value != 0
 
 
-@contextlib.contextmanager
-def any_capture_mode() -> Iterator[None]:
+class any_capture_mode:  # noqa: N801  # used like a function, and a generator would take twice as long
     """Allow this thread what the usual capture mode forbids while a graph is captured, such as loading a kernel."""
-    exchange, mode = _library().cuThreadExchangeStreamCaptureMode, ctypes.c_int(_CAPTURE_RELAXED)
-    exchange(ctypes.byref(mode))
-    try:
-        yield
-    finally:
-        exchange(ctypes.byref(mode))
+
+    __slots__ = ("_mode",)
+
+    def __enter__(self) -> None:
+        self._mode = ctypes.c_int(_CAPTURE_RELAXED)
+        self._exchange()
+
+    def __exit__(self, *error: object) -> None:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
 
 
 def refuse_capture(index: int, stream: int) -> None:

@@ -146,11 +146,12 @@ def _take(nbytes: int, index: int, stream: int) -> tuple[Any, Any]:
 
     cuda = cupy.cuda
     current = cuda.get_current_stream()
-    if cuda.runtime.getDevice() == index and current.ptr == stream:
-        return cuda.alloc(nbytes), current  # entering what is current already would take longer
-    # A pool that grows would spoil a graph that is captured on another stream, such as torch's current one.
-    with cuda_driver.any_capture_mode(), cuda.Device(index), _stream(int(stream), index) as current:
-        return cuda.alloc(nbytes), current
+    # A pool that grows would spoil a graph that is captured on another stream.
+    with cuda_driver.any_capture_mode():
+        if cuda.runtime.getDevice() == index and current.ptr == stream:
+            return cuda.alloc(nbytes), current  # entering what is current already would take longer
+        with cuda.Device(index), _stream(int(stream), index) as current:
+            return cuda.alloc(nbytes), current
 
 
 def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:

@@ -40,6 +40,7 @@ SHARED = [
     "test_a_stream_that_is_asked_for_waits_for_those_that_arrays_name",
     "test_to_numpy_copies_in_stream_order_and_waits",
     "test_a_stream_of_another_device_is_refused",
+    "test_what_is_done_beside_a_capture_does_not_spoil_it",
     "test_only_what_is_prepared_can_be_captured",
     "test_capture_may_be_the_first_use",
     "test_kernels_are_loaded_while_a_graph_is_captured",
