@@ -63,7 +63,8 @@ class Lease:
     def __init__(self, memory: Any, index: int, stream: int, *, by_stream: bool) -> None:
         self._memory = memory
         self.index = index
-        self._stream = stream
+        # A pool reuses the memory on the thread that it came from, whichever thread gives it back.
+        self._stream = stream if by_stream else cuda_driver.on_any_thread(stream)
         self._by_stream = by_stream
         self._users: dict[int, int] = {}
         self.used_on(stream)

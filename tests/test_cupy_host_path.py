@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -248,6 +249,23 @@ def test_a_capture_on_another_stream_is_not_spoiled_where_the_pool_grows() -> No
         array = gpuconst.full(10, 1.0, device="cuda", stream=new_stream())
     assert calls("cuMemAlloc_v2")
     assert (array.to_numpy() == 1.0).all()
+
+
+@on_cupy
+def test_memory_of_a_per_thread_default_stream_waits_for_its_consumers_on_any_thread() -> None:
+    """CuPy gives it to the thread that it was of again, and only the legacy stream is ordered with that thread's."""
+    consumer = new_stream()
+    array = gpuconst.full(10, 1.0, device="cuda", stream=2)
+    gpuconst.fill(array, 2.0, stream=consumer)
+    before = calls("cuEventRecord", "cuStreamWaitEvent")
+    kept = [array]
+    del array
+    thread = threading.Thread(target=kept.clear)
+    thread.start()
+    thread.join()
+    record, wait = calls("cuEventRecord", "cuStreamWaitEvent")[len(before) :]
+    assert record.endswith(f"stream={consumer:#x}")
+    assert wait.startswith("cuStreamWaitEvent stream=(nil)")
 
 
 @on_cupy
