@@ -88,7 +88,7 @@ def missing() -> str | None:
     """Return why there is no driver, or None; does not call the driver."""
     try:
         _library()
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # no library, or one from before CUDA 10.1
         return f"no NVIDIA driver ({error})"
     return None
 

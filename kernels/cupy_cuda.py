@@ -14,7 +14,7 @@ import numpy as np
 from gpuconst.errors import first_line
 
 from . import cuda_driver
-from .cuda_driver import INSTALL, copy, current_index, order, synchronize
+from .cuda_driver import INSTALL, copy, order, synchronize
 from .cuda_fill import Filler
 from .cuda_lease import Handle, Lease, give_back, hand_over
 from .runs import (
@@ -57,6 +57,11 @@ def why_not(index: int) -> str | None:
 @functools.cache
 def _missing_package() -> str | None:
     return None if importlib.util.find_spec("cupy") else f"CuPy is not installed; {INSTALL}"
+
+
+def current_index() -> int:
+    """Return the index of the calling thread's current device; without CuPy, asks no driver."""
+    return 0 if _missing_package() else cuda_driver.current_index()
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import numpy as np
 from gpuconst.errors import first_line
 
 from . import cuda_driver
-from .cuda_driver import INSTALL, copy, current_index, order, synchronize
+from .cuda_driver import INSTALL, copy, order, synchronize
 from .cuda_fill import Filler
 from .cuda_lease import Lease, give_back, hand_over
 from .runs import RESIDENT, RESIDENT_ELSEWHERE, THREADS, Launch
@@ -71,6 +71,11 @@ def _missing_package() -> str | None:
     if tuple(map(int, core.split(".")[:2])) < OLDEST_CORE:
         return f"cuda-core is {core}, needed is {'.'.join(map(str, OLDEST_CORE))}; {INSTALL}"
     return None
+
+
+def current_index() -> int:
+    """Return the index of the calling thread's current device; without the packages, asks no driver."""
+    return 0 if _missing_package() else cuda_driver.current_index()
 
 
 @functools.cache

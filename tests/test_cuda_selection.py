@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +157,18 @@ def test_no_driver(tmp_path: Path, run_python: Callable[..., str]) -> None:
     run_python(code, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
 
 
+def test_a_driver_without_what_is_called(tmp_path: Path, run_python: Callable[..., str]) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    subprocess.run([compiler, "-shared", "-o", tmp_path / "libcuda.so.1", "-xc", os.devnull], check=True)
+    code = """
+    import test_cuda_selection
+    test_cuda_selection.check_unusable("undefined symbol: cuCtxPushCurrent_v2")
+    """
+    run_python(code, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
+
+
 @on_standin(MISSING="numba-cuda", GPUCONST_BACKEND="")
 def test_missing_packages() -> None:
     import sys
@@ -166,6 +180,7 @@ def test_missing_packages() -> None:
     assert "cupy: CuPy is not installed; pip install" in str(raised.value)
     assert "numba: numba-cuda is not installed; pip install" in str(raised.value)
     assert gpuconst.full(3, 1.0).device == "cpu"
+    assert not calls()  # a driver that has been called is of no use to a forked child
 
 
 @on_standin(MISSING="cuda-core", GPUCONST_BACKEND="numba")
