@@ -5,8 +5,11 @@ If it has not been imported, no handler can be listening. Importing it takes a t
 """
 
 import sys
+from typing import Any
 
 __all__ = ["debug"]
+
+_logger: Any = None
 
 
 def debug(message: str, *arguments: object) -> None:
@@ -19,6 +22,10 @@ def debug(message: str, *arguments: object) -> None:
     *arguments
         Its arguments.
     """
-    get_logger = getattr(sys.modules.get("logging"), "getLogger", None)
-    if get_logger is not None:
-        get_logger("gpuconst").debug(message, *arguments, stacklevel=2)
+    global _logger
+    if _logger is None:
+        get_logger = getattr(sys.modules.get("logging"), "getLogger", None)
+        if get_logger is None:
+            return
+        _logger = get_logger("gpuconst")
+    _logger.debug(message, *arguments, stacklevel=2)
