@@ -232,15 +232,18 @@ def table_launch(address: int, words: np.ndarray) -> Launch:
 def strided_launches(region: Region) -> Iterator[Launch]:
     """Return the launches that fill a normalised region of at least one element.
 
-    One, unless the region has more dimensions than the kernel takes. Its arguments are the address of the
-    first element, the number of pieces to store, the bytes in a piece, the binary logarithm of the
-    pieces in an element, the element as two words, the lengths of all dimensions but the outermost and
-    the strides of all.
+    One, unless the region has more dimensions than the kernel takes: then one for each step along the shortest
+    of them, the innermost left out. Its arguments are the address of the first element, the number of pieces to
+    store, the bytes in a piece, the binary logarithm of the pieces in an element, the element as two words, the
+    lengths of all dimensions but the outermost and the strides of all.
     """
     address, shape, strides, element = widened(region)
     if len(shape) > INNER_LENGTHS + 1:
-        for index in range(shape[0]):
-            yield from strided_launches(Region(address + index * strides[0], shape[1:], strides[1:], element))
+        axis = shape.index(min(shape[:-1]))
+        shape, steps = (*shape[:axis], *shape[axis + 1 :]), range(0, shape[axis] * strides[axis], strides[axis])
+        strides = (*strides[:axis], *strides[axis + 1 :])
+        for step in steps:
+            yield from strided_launches(Region(address + step, shape, strides, element))
         return
     width = piece(Region(address, shape, strides, element))
     pieces = len(element) // width

@@ -256,6 +256,17 @@ def test_regions_keep_their_order() -> None:
     assert found["address"].tolist() == [region.address for region in regions]
 
 
+@pytest.mark.parametrize(
+    ("shape", "launches"),
+    [((500, 4, 3, 5), 1), ((500, 4, 3, 5, 2), 3), ((2, 500, 4, 3, 5), 2), ((500, 4, 3, 5, 2, 6), 6)],
+)
+def test_more_dimensions_than_a_kernel_takes_cost_few_launches(shape: tuple[int, ...], launches: int) -> None:
+    strides = runs.contiguous_strides(tuple(length + 1 for length in shape), 4)  # a gap after each dimension
+    region = runs.normalised(Region(ORIGIN, shape, (*strides[:-1], 8), element_of(4)))
+    assert len(region.shape) == len(shape)
+    assert len(list(runs.strided_launches(region))) == launches
+
+
 @given(st.lists(st.integers(0, 9), max_size=5), st.sampled_from(ITEMSIZES))
 def test_contiguous_strides_are_numpys(shape: list[int], itemsize: int) -> None:
     expected = np.empty(shape, f"V{itemsize}").strides
