@@ -236,13 +236,15 @@ full, fill, prepare = _filler.full, _filler.fill, _filler.prepare
 
 @functools.lru_cache(maxsize=64)
 def _stream(handle: int, index: int) -> Any:
-    """Return a stream object for a handle on a device; 0 and 1 are the legacy default stream, 2 the per-thread one."""
+    """Return a stream object for a handle on a device, which is current.
+
+    0 and 1 are the legacy default stream, 2 is the per-thread one.
+    """
     import cupy
 
     if handle <= 2:
         return cupy.cuda.Stream.ptds if handle == 2 else cupy.cuda.Stream.null
-    with cupy.cuda.Device(index):  # which the object takes for its own
-        return cupy.cuda.Stream.from_external(Handle(handle))
+    return cupy.cuda.Stream.from_external(Handle(handle))
 
 
 _RESIDENT = "".join(
