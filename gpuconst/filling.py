@@ -273,7 +273,7 @@ class FillPlan:
     to something else.
     """
 
-    __slots__ = ("_arrays", "_extents", "_restricted", "_steps", "_storages", "_tensors")
+    __slots__ = ("_arrays", "_extents", "_nbytes", "_restricted", "_steps", "_storages", "_tensors")
 
     def __init__(self, xs: Iterable[Any], fill_values: Any) -> None:
         start = time.perf_counter()
@@ -281,6 +281,7 @@ class FillPlan:
         self._steps = _prepared(self._arrays, fill_values, values, None)
         for step in self._steps:
             step.settle()
+        self._nbytes = sum(step.nbytes for step in self._steps)
         self._tensors = _tensors(self._arrays)
         self._storages = storages(self._tensors)
         self._restricted = restricted(self._arrays)
@@ -332,7 +333,7 @@ class FillPlan:
         return moved
 
     def _log_done(self, what: str, start: float) -> None:
-        _log_done(what, len(self._arrays), sum(step.nbytes for step in self._steps), len(self._steps), start)
+        _log_done(what, len(self._arrays), self._nbytes, len(self._steps), start)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{self!r} holds addresses, and cannot be copied or pickled; make another: gpuconst.plan_fill")
@@ -358,7 +359,7 @@ class _Step:
         self._kinds = set(map(type, arrays)) if on_gpu else set()
 
     def prepare(self, stream: Any) -> None:
-        self._prepared_on, _ = self.streams(stream)
+        self._prepared_on, _ = self._streams(stream)
         self._run = self.place.module.prepare(
             self._batch.runs, self._batch.strided, self.place.ordinal, self._prepared_on
         )
@@ -368,22 +369,32 @@ class _Step:
         if len(self._batch.runs) > 1:
             self.place.module.synchronize(self.place.ordinal, self._prepared_on)
 
-    def fill(self, stream: Any) -> None:
-        assert self._run is not None
+    def join(self, stream: Any) -> tuple[int, list[int]]:
+        """Return the stream to fill on, which now waits for the arrays, and those that have to wait for it afterwards.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If the stream is of another device, or a graph that is being captured forbids it.
+        """
         place = self.place
-        handle, others = self.streams(stream)
+        handle, others = self._streams(stream)
         for other in others:
             place.module.order(other, handle, place.ordinal)
         for array in self._ours:
             if array._stream != handle:
                 place.module.hand_over(array._memory, array._stream, handle)
                 array._stream = on_any_thread(handle)
-        self._run(handle)
-        if stream is None:  # otherwise the caller orders what comes after it
-            for other in others:
-                place.module.order(handle, other, place.ordinal)
+        return handle, others if stream is None else []  # else the caller orders what comes after it
 
-    def streams(self, stream: Any) -> tuple[int, list[int]]:
+    def fill(self, handle: int, others: Sequence[int]) -> None:
+        """Fill on a stream, and make others wait for it."""
+        assert self._run is not None
+        self._run(handle)
+        for other in others:
+            self.place.module.order(handle, other, self.place.ordinal)
+
+    def _streams(self, stream: Any) -> tuple[int, list[int]]:
         """Return the stream to fill on, and the other streams that the arrays are used on, which it waits for."""
         if self.place.device == "cpu":
             return 0, []
@@ -407,18 +418,16 @@ def _prepared(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | N
 def _fill(steps: Sequence[_Step], stream: Any, tensors: Sequence[Any]) -> None:
     if tensors:
         check_eager()
-        mark_written(tensors)
-    for step in steps:
-        step.fill(stream)
+    joined = [(step, *step.join(stream)) for step in steps]  # what can be refused is, before anything is written
+    if tensors:
+        mark_written(tensors)  # first, since a fill that is interrupted has written too
+    for step, handle, others in joined:
+        step.fill(handle, others)
 
 
 def _check_stream(stream: Any, steps: Sequence[_Step]) -> None:
-    if stream is None:
-        return
-    if steps and all(step.place.device == "cpu" for step in steps):
+    if stream is not None and steps and all(step.place.device == "cpu" for step in steps):
         raise ValueError(f"stream={stream!r} was given, but all arrays are on the CPU, which has none; drop it")
-    for step in steps:
-        step.streams(stream)  # of another device, it is refused
 
 
 def _tensors(arrays: Sequence[Any]) -> list[Any]:

@@ -178,6 +178,19 @@ def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
 
 
 @on_cupy
+def test_a_plan_that_is_refused_on_a_gpu_fills_nothing_on_the_cpu() -> None:
+    on_cpu, on_gpu = np.zeros(3), gpuconst.zeros(3, device="cuda")
+    plan = gpuconst.plan_fill([on_cpu, on_gpu], 1.0)
+    with cupy.cuda.Stream(non_blocking=True) as current, test_cuda_streams.captured(current.ptr):
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+            plan.fill()
+        assert not on_cpu.any()
+    plan.fill()
+    assert on_cpu.all()
+    assert on_gpu.to_numpy().all()
+
+
+@on_cupy
 def test_cupys_device_and_stream_are_left_alone() -> None:
     stream = new_stream()
     with cupy.cuda.Device(1), cupy.cuda.Stream() as current:
