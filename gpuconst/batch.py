@@ -35,6 +35,8 @@ class Batch(NamedTuple):
         Objects that keep the memory alive where the arrays alone do not, such as an exported buffer.
     streams : list of int
         Handles of the CUDA streams that are named by arrays which belong to no framework.
+    kinds : set of type
+        Types of the arrays, one at least of each library.
     """
 
     device: str
@@ -42,6 +44,7 @@ class Batch(NamedTuple):
     strided: list[Region]
     owners: list[Any]
     streams: list[int]
+    kinds: set[type]
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +151,8 @@ def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None
         positions = np.fromiter(chosen, np.int64, len(chosen))[plain]
         for device in sorted(set(found.devices[plain].tolist())):
             these = found.devices[plain] == device
-            parts.append(_plain_part(found, plain[these], positions[these], fill_values, values))
+            kind = type(arrays[positions[these][0]])
+            parts.append(_plain_part(found, kind, plain[these], positions[these], fill_values, values))
         rest[positions] = False
     parts += _other_parts(arrays, np.flatnonzero(rest).tolist(), fill_values, values)
     by_device: dict[str, list[_Part]] = {}
@@ -174,7 +178,7 @@ _READERS: list[tuple[type, Callable[[Sequence[Any]], Columns]]] = [(np.ndarray, 
 
 
 class _Part(NamedTuple):
-    """Some of the arrays on one device: their runs and regions, and the position of each among all arrays."""
+    """Some of the arrays on one device: as a `Batch`, with the position of each among all arrays."""
 
     device: str
     runs: np.ndarray
@@ -183,6 +187,7 @@ class _Part(NamedTuple):
     strided_positions: list[int]
     owners: list[Any]
     streams: list[int]
+    kinds: set[type]
 
 
 def tiles(values: Sequence[Any], dtypes: Sequence[DType], named: Callable[[int], str]) -> np.ndarray:
@@ -233,9 +238,14 @@ def _repeated(elements: bytes, itemsize: int) -> np.ndarray:
 
 
 def _plain_part(
-    found: Columns, chosen: np.ndarray, positions: np.ndarray, fill_value: Any, values: Sequence[Any] | None
+    found: Columns,
+    kind: type,
+    chosen: np.ndarray,
+    positions: np.ndarray,
+    fill_value: Any,
+    values: Sequence[Any] | None,
 ) -> _Part:
-    """Return the part that consists of plain arrays on one device, each of which is a run."""
+    """Return the part that consists of plain arrays of one library on one device, each of which is a run."""
     dtypes = found.dtypes
     if len(chosen) < len(dtypes):
         dtypes = [dtypes[index] for index in chosen.tolist()]
@@ -260,7 +270,7 @@ def _plain_part(
     runs["address"], runs["nbytes"], runs["count"] = found.addresses[chosen], found.nbytes[chosen], 1
     runs["tile_low"], runs["tile_high"] = words[:, 0], words[:, 1]
     index = int(found.devices[chosen[0]])
-    return _Part("cpu" if index < 0 else f"cuda:{index}", runs, positions, [], [], [], [])
+    return _Part("cpu" if index < 0 else f"cuda:{index}", runs, positions, [], [], [], [], {kind})
 
 
 def _other_parts(
@@ -281,10 +291,13 @@ def _other_parts(
         region = normalised(Region(view.address, view.shape, view.strides, element))
         if 0 not in region.shape:
             found.setdefault(view.device, []).append((position, view, region))
-    return [_part(device, looked_at) for device, looked_at in found.items()]
+    return [
+        _part(device, looked_at, {type(arrays[position]) for position, _, _ in looked_at})
+        for device, looked_at in found.items()
+    ]
 
 
-def _part(device: str, looked_at: Sequence[tuple[int, View, Region]]) -> _Part:
+def _part(device: str, looked_at: Sequence[tuple[int, View, Region]], kinds: set[type]) -> _Part:
     """Return the part that consists of arrays on one device, given the position, view and region of each."""
     rows: list[tuple[int, tuple[int, ...]]] = []
     strided: list[tuple[int, Region]] = []
@@ -302,6 +315,7 @@ def _part(device: str, looked_at: Sequence[tuple[int, View, Region]]) -> _Part:
         [position for position, _ in strided],
         [view.owner for _, view, _ in looked_at],
         [view.stream for _, view, _ in looked_at if view.stream is not None and not isinstance(view.owner, Array)],
+        kinds,
     )
 
 
@@ -311,6 +325,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
     strided = [region for part in parts for region in part.strided]
     owners = [owner for part in parts for owner in part.owners]
     streams = list(dict.fromkeys(stream for part in parts for stream in part.streams))
+    kinds = {kind for part in parts for kind in part.kinds}
     starts = np.concatenate([runs["address"], np.array([region.address for region in strided], np.uint64)])
     stops = np.concatenate(
         [
@@ -322,7 +337,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
     reach = np.maximum.accumulate(stops[order])
     apart = np.append(True, starts[order][1:] >= reach[:-1])  # from all ranges that start at lower addresses
     if apart.all():
-        return [Batch(device, runs, strided, owners, streams)]
+        return [Batch(device, runs, strided, owners, streams, kinds)]
     positions = np.concatenate(
         [part.run_positions for part in parts] + [np.array(part.strided_positions, np.int64) for part in parts]
     )
@@ -343,6 +358,7 @@ def _batches(device: str, parts: Sequence[_Part]) -> list[Batch]:
             [region for region, its in zip(strided, turns[len(runs) :].tolist(), strict=True) if its == turn],
             owners,
             streams,
+            kinds,
         )
         for turn in range(int(turns.max()) + 1)
     ]

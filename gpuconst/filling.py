@@ -346,7 +346,7 @@ class FillPlan:
 class _Step:
     """One launch: a batch, the place that fills it, and the arrays whose streams it must respect."""
 
-    __slots__ = ("_batch", "_kinds", "_ours", "_prepared_on", "_run", "nbytes", "place")
+    __slots__ = ("_batch", "_ours", "_prepared_on", "_run", "nbytes", "place")
 
     def __init__(self, place: Place, batch: Batch, arrays: Sequence[Any]) -> None:
         self.place = place
@@ -356,7 +356,6 @@ class _Step:
         self._prepared_on = 0
         on_gpu = place.device != "cpu"
         self._ours = [x for x in arrays if isinstance(x, Array) and x.device == place.device] if on_gpu else []
-        self._kinds = set(map(type, arrays)) if on_gpu else set()
 
     def prepare(self, stream: Any) -> None:
         self._prepared_on, _ = self._streams(stream)
@@ -400,7 +399,7 @@ class _Step:
             return 0, []
         if stream is not None:
             return stream_handle(stream, self.place), self._batch.streams
-        handles = current_streams(self._kinds, self.place.ordinal) + self._batch.streams
+        handles = current_streams(self._batch.kinds, self.place.ordinal) + self._batch.streams
         first, *others = dict.fromkeys(handles or [array._stream for array in self._ours[:1]] or [0])
         check_captured(first, self.place)
         return first, others

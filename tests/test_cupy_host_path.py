@@ -178,6 +178,15 @@ def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
 
 
 @on_cupy
+def test_arrays_elsewhere_do_not_choose_the_stream() -> None:
+    theirs, ours = cupy.ndarray((3,), np.float32), gpuconst.zeros(3, device="cuda:1")
+    with cupy.cuda.Device(1), cupy.cuda.Stream(non_blocking=True):
+        gpuconst.fill_many([theirs, ours], 1.0)
+    filled = {line.partition("stream=")[2] for line in calls("launch")[-2:]}
+    assert filled == {"(nil) device=0", "(nil) device=1"}
+
+
+@on_cupy
 def test_a_plan_that_is_refused_on_a_gpu_fills_nothing_on_the_cpu() -> None:
     on_cpu, on_gpu = np.zeros(3), gpuconst.zeros(3, device="cuda")
     plan = gpuconst.plan_fill([on_cpu, on_gpu], 1.0)
