@@ -39,8 +39,8 @@ __all__ = [
 BY_WORDS = 32 << 10
 #: From this many bytes on, a NumPy array is filled by its address, which takes NumPy a microsecond to tell.
 BY_ADDRESS = 256 << 10
-#: From this many bytes on, most caches would not keep what was stored in them; it takes two thirds to a third of the
-#: time to store past them (rows "Fill in place", from 64 MiB).
+#: From this many bytes on, most caches would not keep what is stored in them, and stores that bypass them take half
+#: the time (rows "Fill in place", from 64 MiB).
 BY_STREAMING = 48 << 20
 #: Arrays of fewer bytes than this are not shared out between two threads, which would wait for the GIL.
 SMALLEST_SHARED = 1 << 20
