@@ -91,7 +91,7 @@ def fill_stretch(
         start = address - ORIGIN
         _BYTES_OF_MEMORY[start : start + nbytes] = element * (nbytes // len(element))
         return
-    store = _stream if (past_caches or nbytes >= BY_STREAMING) and not untouched else _store
+    store = _stream if past_caches or nbytes >= BY_STREAMING else _store
     if nbytes <= PIECE or nbytes < SHARED_FROM and not untouched:
         store(address, nbytes, element)
     else:
