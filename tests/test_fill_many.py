@@ -209,6 +209,12 @@ def test_neighbours_do_not_intersect() -> None:
     assert [len(batch.runs) for batch in batches] == [3, 1]
 
 
+def test_a_pitched_run_does_not_intersect_what_follows_its_last_stretch() -> None:
+    x = np.zeros((4, 1000), np.float32)
+    (batch,) = gather([x[:, :500], x[3, 500:]], 0, None)
+    assert sorted(batch.runs["count"].tolist()) == [1, 4]
+
+
 def depths(entries: list[Entry]) -> list[int]:
     """Return for each entry how many others, each of which intersects the next, must be filled before it."""
     spans: list[tuple[int, int, int]] = []
