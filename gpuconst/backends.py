@@ -68,6 +68,9 @@ class Backend(Protocol):
     def fill(self, region: Region, index: int, stream: int) -> None:
         """Fill memory in place."""
 
+    def fill_stretch(self, address: int, nbytes: int, element: bytes, index: int, stream: int) -> None:
+        """Fill one stretch of memory in place."""
+
     def prepare(self, runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
         """Return a function that fills many runs in one launch, on the stream that it is given, as often as called."""
 

@@ -124,7 +124,7 @@ def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., No
             return None
         address, nbytes, torch_dtype, ordinal = found
         dtype = resolve_dtype(torch_dtype)
-        place, handle = (None, 0) if ordinal < 0 else (select(f"cuda:{ordinal}"), torch_stream(ordinal))
+        place, handle = (select("cpu"), 0) if ordinal < 0 else (select(f"cuda:{ordinal}"), torch_stream(ordinal))
     elif type(x) is Array:
         address, nbytes, dtype, place, handle = x._address, x.nbytes, x._dtype, x._place, x._stream
     elif type(x) is np.ndarray and x.flags.writeable:
@@ -132,11 +132,9 @@ def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., No
     else:
         return None
     element = encode(fill_value, dtype)
-    if place is None or place.device == "cpu":
-        return host_fill.fill_stretch, (address, nbytes, element), "cpu"
-    check_captured(handle, place)
-    region = Region(address, (nbytes // dtype.itemsize,), (dtype.itemsize,), element)
-    return place.module.fill, (region, place.ordinal, handle), place.device
+    if place.device != "cpu":
+        check_captured(handle, place)
+    return place.module.fill_stretch, (address, nbytes, element, place.ordinal, handle), place.device
 
 
 def _owners_stream(x: Any, view: View, place: Place) -> int:

@@ -232,7 +232,7 @@ def _reader(kind: type) -> Callable[[Any], View]:
 
 
 def _read_array(x: Array) -> View:
-    return View(x.data_ptr(), x.shape, contiguous_strides(x.shape, x.itemsize), x._dtype, x.device, x, None, x._stream)
+    return View(x.data_ptr(), (x.size,), (x.itemsize,), x._dtype, x.device, x, None, x._stream)
 
 
 def _read_numpy(x: Any) -> View:
@@ -295,7 +295,8 @@ def _read_proxy(x: Any) -> View:
 
 
 def _read_cupy(x: Any) -> View:
-    return View(x.data.ptr, x.shape, x.strides, resolve_dtype(x.dtype), f"cuda:{x.device.id}", x)
+    shape, strides = ((x.size,), (x.itemsize,)) if x.flags.c_contiguous else (x.shape, x.strides)
+    return View(x.data.ptr, shape, strides, resolve_dtype(x.dtype), f"cuda:{x.device.id}", x)
 
 
 def _read_cuda_interface(x: Any) -> View:

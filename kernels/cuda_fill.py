@@ -40,9 +40,25 @@ class Filler:
             If a CUDA graph is being captured.
         """
         memory, address = self._allocate(nbytes, index, stream)
+        self.fill_stretch(address, nbytes, element, index, stream)
+        return memory, address
+
+    def fill_stretch(self, address: int, nbytes: int, element: bytes, index: int, stream: int) -> None:
+        """Fill one stretch of device memory, in stream order; the short way, which most fills take.
+
+        Parameters
+        ----------
+        address : int
+            Of the first byte. The caller vouches for it and keeps the memory alive.
+        nbytes : int
+            A multiple of the element's length.
+        element : bytes
+            The element.
+        index, stream : int
+            Index of the device; handle of the stream.
+        """
         if nbytes:
             self._launch(run_launch(address, nbytes, *tile(address, element)), index, stream)
-        return memory, address
 
     def fill(self, region: Region, index: int, stream: int) -> None:
         """Fill a region of device memory, in stream order.

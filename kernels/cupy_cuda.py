@@ -37,6 +37,7 @@ __all__ = [
     "copy",
     "current_index",
     "fill",
+    "fill_stretch",
     "full",
     "hand_over",
     "order",
@@ -231,7 +232,7 @@ def _function(name: str, index: int) -> tuple[Any, Callable[..., None]]:
 
 
 _filler = Filler(allocate, _start)
-full, fill, prepare = _filler.full, _filler.fill, _filler.prepare
+full, fill, fill_stretch, prepare = _filler.full, _filler.fill, _filler.fill_stretch, _filler.prepare
 
 
 @functools.lru_cache(maxsize=64)

@@ -70,7 +70,14 @@ _BYTES_OF_MEMORY = memoryview(MEMORY).cast("B")
 
 
 def fill_stretch(
-    address: int, nbytes: int, element: bytes, *, untouched: bool = False, past_caches: bool = False
+    address: int,
+    nbytes: int,
+    element: bytes,
+    index: int = 0,
+    stream: int = 0,
+    *,
+    untouched: bool = False,
+    past_caches: bool = False,
 ) -> None:
     """Fill one stretch of host memory.
 
@@ -82,6 +89,8 @@ def fill_stretch(
         A multiple of the element's length.
     element : bytes
         The element.
+    index, stream : int, optional
+        Device and stream; the CPU has only 0.
     untouched : bool, optional
         Whether the memory is known to be touched for the first time.
     past_caches : bool, optional

@@ -31,6 +31,7 @@ __all__ = [
     "copy",
     "current_index",
     "fill",
+    "fill_stretch",
     "full",
     "hand_over",
     "order",
@@ -180,7 +181,7 @@ def _config(grid: int) -> Any:
 
 
 _filler = Filler(allocate, _start)
-full, fill, prepare = _filler.full, _filler.fill, _filler.prepare
+full, fill, fill_stretch, prepare = _filler.full, _filler.fill, _filler.fill_stretch, _filler.prepare
 
 
 @functools.lru_cache(maxsize=64)

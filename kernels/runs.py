@@ -134,17 +134,6 @@ def as_run(region: Region) -> tuple[int, ...] | None:
     return (address, inner, strides[0], shape[0], *tile(address, element))
 
 
-def stretch(region: Region) -> tuple[int, int, int, int] | None:
-    """Return the address, bytes and tile of a region that is C-contiguous and not empty, None for any other.
-
-    The short way to `run_launch`, for the kind of region that most calls fill.
-    """
-    address, shape, strides, element = region
-    if 0 in shape or strides != contiguous_strides(shape, len(element)):
-        return None
-    return (address, region.nbytes, *tile(address, element))
-
-
 def piece(region: Region) -> int:
     """Return the widest aligned store, in bytes, that every element of a region can be cut into."""
     return math.gcd(TILE, region.address, len(region.element), *region.strides)
@@ -196,9 +185,6 @@ def row_launch(address: int, nbytes: int, pitch: int, count: int, tile_low: int,
 
 def region_launches(region: Region) -> Iterable[Launch]:
     """Return the launches that fill any one region; they need no table."""
-    only = stretch(region)
-    if only is not None:
-        return [run_launch(*only)]
     region = normalised(region)
     if 0 in region.shape:
         return []

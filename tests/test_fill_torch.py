@@ -12,7 +12,7 @@ import torch.autograd.forward_ad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpuconst
-from gpuconst.kernels import host, host_fill
+from gpuconst.kernels import host
 
 
 def saved_by_autograd() -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,7 @@ FILLS: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_fill_that_is_interrupted_counts_as_a_write(fill: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    stores = [(host_fill, "fill_stretch"), (host, "assign_as_it_is")]  # of contiguous tensors, and of all others
+    stores = [(host, "fill_stretch"), (host, "assign_as_it_is")]  # of contiguous tensors, and of all others
     for module, name in stores:
         monkeypatch.setattr(module, name, interrupted(getattr(module, name)))
     saved, result = saved_by_autograd()
