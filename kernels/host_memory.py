@@ -52,7 +52,8 @@ class _Block:
         self.memory, self.address = _map(nbytes, huge_pages)
         self.nbytes = nbytes
         self.used = 0  # of a slab
-        self.idle_references = getrefcount(self.memory)
+        # The block's own, and the argument's. A debugger or profiler that looks on may hold more, and let them go later.
+        self.idle_references = min(2, getrefcount(self.memory))
 
 
 # A thread takes a block out, looks at it, and puts it back; `pop` and `append` are atomic, so there is no

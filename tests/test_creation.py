@@ -5,11 +5,14 @@ import gc
 import itertools
 import os
 import random
+import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from hypothesis.extra.numpy import array_shapes
 import gpuconst
 from gpuconst import creation
 from gpuconst.dtypes import DTYPES
+from gpuconst.kernels import host_memory
 
 full = partial(gpuconst.full, device="cpu")
 
@@ -224,6 +228,21 @@ def test_memory_is_not_used_again_while_anything_lives_in_it() -> None:
         full(64 * KIB, 2, dtype="uint8")
     assert_disjoint([*kept, *(full(64 * KIB, 2, dtype="uint8") for _ in range(100))])
     assert all((array.to_numpy() == 1).all() for array in kept)
+
+
+def test_a_profiler_that_keeps_frames_frees_no_memory_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "_recent", deque(maxlen=2))  # so that a block is made
+    frames: list[FrameType] = []
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: frames.append(frame))
+    try:
+        x = full(3 * MIB, 7, dtype="uint8").to_numpy()
+    finally:
+        sys.setprofile(before)
+    frames.clear()
+    gc.collect()
+    full(3 * MIB, 9, dtype="uint8")
+    assert (x == 7).all()
 
 
 def test_a_large_block_is_used_again_for_what_needs_half_of_it() -> None:
