@@ -267,8 +267,9 @@ class FillPlan:
     that may have done so, and make a new plan if it returns any index. After ``module.double()`` or
     ``tensor.data = …``, a stale plan fills memory that is no longer read. No plan survives an operation
     that frees the memory itself: ``tensor.resize_``, ``untyped_storage().resize_`` (which FSDP uses to
-    reshard) or ``ndarray.resize`` with ``refcheck=False``. A fill after it overwrites memory that belongs
-    to something else.
+    reshard), ``tensor.share_memory_`` (and so sending it through `torch.multiprocessing`),
+    ``SharedMemory.close`` or ``ndarray.resize`` with ``refcheck=False``. A fill after it overwrites memory
+    that belongs to something else, or crashes.
     """
 
     __slots__ = ("_arrays", "_extents", "_nbytes", "_restricted", "_steps", "_storages", "_tensors")
@@ -325,7 +326,8 @@ class FillPlan:
         Returns
         -------
         list of int
-            Empty as long as the plan may be used. Arrays that have become read-only are not reported.
+            Empty as long as the plan may be used. Arrays that have become read-only are not reported, nor is a
+            module that has got other parameters since (``load_state_dict(assign=True)``): the plan knows the old ones.
         """
         moved: list[int] = np.flatnonzero((extents(self._arrays) != self._extents).any(axis=0)).tolist()
         return moved

@@ -53,7 +53,14 @@ def to_torch(array: Exporter) -> Any:
         raise BufferError(
             "torch makes fake tensors here, which have no memory; hand the array over before, or use torch.full"
         )
-    _check_shared(array, tensor.data_ptr(), "torch", "while it traces, use torch.full; else, ")
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        address = 0
+    if address != array.data_ptr() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch.from_dlpack(array.__dlpack__())  # transforms, such as grad, do not wrap what a capsule holds
+        address = tensor.data_ptr()
+    _check_shared(array, address, "torch", "while it traces, use torch.full; else, ")
     return tensor
 
 

@@ -187,6 +187,31 @@ def test_an_exported_fill_is_refused(module: type[torch.nn.Module], strict: bool
         torch.export.export(module(), (torch.ones(3),), strict=strict)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("transform", "expected"),
+    [
+        (torch.vmap, [2, 2, 2]),
+        (torch.func.functionalize, [2, 2, 2]),
+        (lambda f: torch.func.grad(lambda x: f(x).sum()), [2, 2, 2]),
+        (lambda f: torch.func.hessian(lambda x: (x * f(x)).sum()), [[4, 0, 0], [0, 4, 0], [0, 0, 4]]),
+        (lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1], [2, 2, 2]),
+    ],
+    ids=["vmap", "functionalize", "grad", "hessian", "jvp"],
+)
+def test_a_new_array_is_a_constant_to_transforms(transform: Callable[..., Any], expected: Any, dtype: str) -> None:
+    made = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        array = gpuconst.full((), 2.0, dtype=dtype, device="cpu")
+        made.append((array, array.to_torch()))
+        return x * made[-1][1].float()
+
+    assert transform(function)(torch.ones(3)).tolist() == expected
+    assert all(tensor.data_ptr() == array.data_ptr() for array, tensor in made)
+
+
 def test_recomputed_activations_are_filled_again() -> None:
     from torch.utils.checkpoint import checkpoint
 
