@@ -52,7 +52,7 @@ class _Block:
         self.memory, self.address = _map(nbytes, huge_pages)
         self.nbytes = nbytes
         self.used = 0  # of a slab
-        # The block's own, and the argument's. A debugger or profiler that looks on may hold more, and let them go later.
+        # The block's own, and the argument's. A debugger or profiler may hold more now, and let go of them later.
         self.idle_references = min(2, getrefcount(self.memory))
 
 
