@@ -201,7 +201,7 @@ def test_an_exported_fill_is_refused(module: type[torch.nn.Module], strict: bool
     ids=["vmap", "functionalize", "grad", "hessian", "jvp"],
 )
 def test_a_new_array_is_a_constant_to_transforms(transform: Callable[..., Any], expected: Any, dtype: str) -> None:
-    made = []
+    made: list[tuple[gpuconst.Array, torch.Tensor]] = []
 
     def function(x: torch.Tensor) -> torch.Tensor:
         array = gpuconst.full((), 2.0, dtype=dtype, device="cpu")
