@@ -93,6 +93,10 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     return Array(memory, address, dims, row, place, handle and on_any_thread(handle))
 
 
+# TensorFlow's AutoGraph rewrites whatever a `tf.function` calls, apart from functions that have this attribute.
+full.autograph_info__ = {}  # type: ignore[attr-defined]
+
+
 def zeros(shape: Any, *, dtype: Any = "float32", device: Any = None, stream: Any = None) -> Array:
     """Return a new array of zeros: `full` with 0.0, float32 by default.
 
@@ -266,7 +270,7 @@ def _columns(specs: Mapping[str, Any]) -> tuple[Sequence[Any], Sequence[Any], Se
 
 def _triple(entry: tuple[str, Any]) -> tuple[Any, Any, Any]:
     name, spec = entry
-    if not isinstance(spec, str | bytes | Mapping | Set):
+    if not isinstance(spec, str | bytes | Mapping | Set) and not hasattr(spec, "__array__"):
         with contextlib.suppress(TypeError, ValueError):
             shape, value, dtype = spec
             return shape, value, dtype

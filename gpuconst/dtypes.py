@@ -133,7 +133,7 @@ def _resolve_foreign(dtype: Any) -> DType:
     elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
         found = dtype.dtype  # jax.numpy.float32 and the like
     if found is not None:
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, ValueError):
             found = np.dtype(found)
     if isinstance(found, np.dtype) and not found.isnative and found.newbyteorder("=") in _ALIASES:
         raise TypeError(

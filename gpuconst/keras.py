@@ -49,8 +49,9 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
     Parameters
     ----------
     value : scalar or array-like
-        A scalar follows gpuconst's value policy: one that does not fit the dtype is refused. An array
-        or tensor is converted by the Keras backend and broadcast to the shape of the weight.
+        A scalar follows gpuconst's value policy: one that does not fit the dtype is refused, unless
+        `torch.compile` traces the call. An array or tensor is converted by the Keras backend and
+        broadcast to the shape of the weight.
 
     Raises
     ------
@@ -172,7 +173,7 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
         return keras.initializers.Constant(value)(shape, dtype)
     is_scalar = is_number(value)
     if is_scalar:
-        encode(value, resolve_dtype(dtype))  # the policy holds in every context, traced ones included
+        encode(value, resolve_dtype(dtype))  # in traced contexts too
     lengths = _read_shape(shape)
     if lengths is None:
         return keras.initializers.Constant(value)(shape, dtype)
@@ -191,6 +192,10 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
     # As a float for float dtypes: TensorFlow makes a float8 of nothing else.
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
     return keras.ops.full(lengths, float(number.real) if "float" in dtype else number, dtype=dtype)
+
+
+# As `full`, for TensorFlow's AutoGraph.
+_constant.autograph_info__ = {}  # type: ignore[attr-defined]
 
 
 def _dynamo_compiles() -> bool:

@@ -43,7 +43,7 @@ def stream_handle(stream: Any, place: Place) -> int:
             check_captured(0, place)
         return 0
     if place.device == "cpu":
-        raise ValueError(f"stream={stream!r} was given, but the result is on the CPU, which has none; drop it")
+        raise ValueError(f"stream={stream!r} was given, but the memory is on the CPU, which has none; drop it")
     index = getattr(stream, "device_index", getattr(stream, "device_id", None))  # torch's; CuPy's
     if isinstance(index, int) and index >= 0 and index != place.ordinal:
         raise ValueError(f"{stream!r} is a stream of cuda:{index}, the memory is on {place.device}")

@@ -277,6 +277,10 @@ def _read_jax(x: Any) -> View:
     if x.is_deleted():
         raise ValueError("the JAX array was deleted (donated, or by delete()) and has no memory")
     resolve_dtype(x.dtype)  # JAX's own exporter says nothing clear about int4 and random keys
+    if len(x.devices()) > 1:
+        raise ValueError(
+            f"the JAX array lies on {len(x.devices())} devices, and is immutable; look at x.addressable_shards[i].data"
+        )
     return _read_dlpack(x)._replace(read_only="JAX arrays are immutable; make a new one: gpuconst.full(...).to_jax()")
 
 
@@ -381,7 +385,7 @@ def _read_buffer(x: Any) -> View:
 def _refuse(x: Any) -> View:
     hint = ""
     if hasattr(x, "assign") and hasattr(x, "trainable"):
-        hint = "; for a Keras variable use variable.assign"
+        hint = "; for a Keras variable use variable.assign, or take its value"
     elif hasattr(x, "parameters"):
         hint = "; of a module, gpuconst.fill_many(x.parameters(), ...)"
     elif isinstance(x, list | tuple):

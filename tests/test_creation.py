@@ -372,7 +372,7 @@ def test_a_device_by_the_name_that_others_give_it() -> None:
 
 @pytest.mark.parametrize("stream", [0, 1, -1, object()])
 def test_a_stream_for_the_cpu(stream: Any) -> None:
-    with pytest.raises(ValueError, match=r"stream=.* was given, but the result is on the CPU, which has none"):
+    with pytest.raises(ValueError, match=r"stream=.* was given, but the memory is on the CPU, which has none"):
         full(1, 1, stream=stream)
 
 

@@ -178,6 +178,12 @@ def test_an_unknown_dtype_of_torch(name: str) -> None:
         gpuconst.full(1, 1, dtype=getattr(torch, name), device="cpu")
 
 
+def test_a_tensor_is_no_dtype() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"unknown dtype tensor\(\[0., 0.\]\); the dtypes are bool"):
+        gpuconst.full(1, 1, dtype=torch.zeros(2), device="cpu")
+
+
 @pytest.mark.parametrize("make", [gpuconst.zeros, gpuconst.ones])
 def test_zeros_and_ones_are_float32_unless_told(make: Callable[..., gpuconst.Array]) -> None:
     assert make(1, device="cpu").dtype == np.float32

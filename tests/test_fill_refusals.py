@@ -89,6 +89,23 @@ def test_jax_arrays_that_cannot_be_read(make: Callable[[], Any], error: type[Exc
         gpuconst.fill(make(), 0)
 
 
+def test_a_jax_array_on_several_devices_is_told_of_its_parts(run_python: Callable[..., str]) -> None:
+    code = """
+        import gpuconst, jax, jax.numpy as jnp, numpy as np
+        mesh = jax.make_mesh((2,), ("x",))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+        x = jax.device_put(jnp.ones(4), sharding)
+        for call in (lambda: gpuconst.fill(x, 0), lambda: gpuconst.shares_memory(x, np.ones(4))):
+            try:
+                call()
+            except ValueError as error:
+                print(error)
+        assert gpuconst.shares_memory(x.addressable_shards[0].data, x.addressable_shards[0].data)
+    """
+    printed = run_python(code, XLA_FLAGS="--xla_force_host_platform_device_count=2").splitlines()
+    assert printed == ["the JAX array lies on 2 devices, and is immutable; look at x.addressable_shards[i].data"] * 2
+
+
 def test_a_traced_jax_array_has_no_memory() -> None:
     with pytest.raises(TypeError, match="is being traced and has no memory"):
         jax.jit(lambda x: gpuconst.fill(x, 0))(jnp.ones(3))
@@ -227,7 +244,7 @@ def test_a_bad_value_leaves_the_array_as_it_was(value: Any, error: type[Exceptio
 @pytest.mark.parametrize("make", [lambda: np.ones(3), lambda: torch.ones(3), lambda: gpuconst.ones(3, device="cpu")])
 def test_the_cpu_has_no_streams(make: Callable[[], Any]) -> None:
     x = make()
-    with pytest.raises(ValueError, match=r"stream=7 was given, but the result is on the CPU"):
+    with pytest.raises(ValueError, match=r"stream=7 was given, but the memory is on the CPU"):
         gpuconst.fill(x, 0, stream=7)
     assert (np.asarray(x) == 1).all()
 

@@ -206,6 +206,7 @@ WRONG: list[tuple[Any, type[Exception], str]] = [
     (None, TypeError, "has the spec None"),
     ("abc", TypeError, "has the spec 'abc'"),
     ({3: "shape", 1.0: "value", "float32": "dtype"}, TypeError, "has the spec {"),
+    (np.zeros(3), TypeError, r"has the spec array\(\[0., 0., 0.\]\), expected"),
     ((3, 1.0), TypeError, r"has the spec \(3, 1.0\)"),
     ((3, 1.0, "float32", "cpu"), TypeError, "has the spec"),
     (("abc", 1.0, None), TypeError, "a shape is an int or a sequence of ints"),
@@ -254,7 +255,7 @@ def test_device_and_stream() -> None:
     asked = {"a": (1, 1, None)}
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         gpuconst.full_many(asked, device="gpu")
-    with pytest.raises(ValueError, match="stream=7 was given, but the result is on the CPU"):
+    with pytest.raises(ValueError, match="stream=7 was given, but the memory is on the CPU"):
         full_many(asked, stream=7)
     with pytest.raises(TypeError, match="positional"):
         gpuconst.full_many(asked, "cpu")  # type: ignore[call-arg]

@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 from keras_cases.weights import OURS, address, filled_addresses, inputs, sequential
 
+import gpuconst
 from gpuconst.keras import Constant, Ones, Zeros
 
 
@@ -35,9 +36,28 @@ def test_a_traced_value() -> None:
     assert [tensor.numpy().tolist() for tensor in make(tf.constant(1.5))] == [[1.5] * 2, [3.0] * 2, [0.5] * 2]
 
 
-def test_the_value_policy_holds_while_tracing() -> None:
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # AutoGraph logs an error of the function it reads
+def test_autograph_leaves_the_code_of_gpuconst_alone() -> None:
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("tensorflow").addHandler(handler)
 
+    @tf.function  # type: ignore[untyped-decorator, unused-ignore]
+    def make() -> tuple[tf.Tensor, ...]:
+        return (
+            Constant(0.5)((2,)),
+            gpuconst.full(2, 1.5, device="cpu").to_tensorflow(),
+            gpuconst.ones(2, device="cpu").to_tensorflow(),
+        )
+
+    try:
+        assert [tensor.numpy().tolist() for tensor in make()] == [[0.5] * 2, [1.5] * 2, [1.0] * 2]
+    finally:
+        logging.getLogger("tensorflow").removeHandler(handler)
+    assert not logged
+
+
+def test_the_value_policy_holds_while_tracing() -> None:
     @tf.function  # type: ignore[untyped-decorator, unused-ignore]
     def make() -> tf.Tensor:
         return Constant(300)((2,), "int8")
