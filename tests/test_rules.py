@@ -1,6 +1,7 @@
 """Rules by glob: which one a name follows, and which sets of them are mistakes."""
 
 import json
+from glob import escape
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ NAMES = ["embed.weight", "layers.0.norm.weight", "layers.0.linear.weight", "laye
         (["layers.?.norm.weight"], "layers.0.norm.weight", 0),
         (["layers.[1-9].*"], "layers.0.norm.weight", None),
         (["linear"], "layers.0.linear.bias", None),
+        (["bias"], "layers.0.linear.bias", None),
         (["*.BIAS"], "layers.0.linear.bias", None),
         (["embed.weight"], "embed.weight", 0),
         (["embed.weight"], "embed.weight2", None),
@@ -58,6 +60,11 @@ def test_a_name_with_brackets_is_told_how_to_be_written() -> None:
         Rules({"heads.a[0]": 0.0, "*": 1.0}).check_used(names, dict.fromkeys(names, 1))
     way_out = str(caught.value).split("'")[-2]
     assert Rules({way_out: 0.0, "*": 1.0}).first(names[:1]) == 0
+
+
+@pytest.mark.parametrize(("name", "other"), [("a[0]", "a0"), ("a?", "ab"), ("a*", "ab")])
+def test_a_glob_that_is_also_a_name_is_used_by_what_else_it_matches(name: str, other: str) -> None:
+    Rules({escape(name): 0.0, name: 1.0}).check_used([name, other], {name: 0, other: 1})
 
 
 def test_without_names_every_rule_is_an_error() -> None:
