@@ -56,6 +56,7 @@ def test_every_spelling_of_a_shape_means_the_same(lengths: list[int]) -> None:
         ((2, 0, 3), (2, 0, 3)),
         ((0, 2**40), (0, 2**40)),
         ((1,) * 64, (1,) * 64),
+        ([1] * 64, (1,) * 64),
     ],
 )
 def test_a_shape(shape: Any, expected: tuple[int, ...]) -> None:
@@ -140,6 +141,12 @@ def test_more_than_memory_can_ever_be(lengths: tuple[int, ...], dtype: str, sequ
         gpuconst.full(sequence(lengths), 1, dtype=dtype, device="cpu")
 
 
+@pytest.mark.parametrize(("length", "dtype"), [(2**63, "int8"), (2**60, "float64"), (2**59, "complex128")])
+def test_one_length_that_is_more_than_memory_can_ever_be(length: int, dtype: str) -> None:
+    with pytest.raises(OverflowError, match=r"more than 2\*\*63 - 1 bytes"):
+        gpuconst.full(length, 1, dtype=dtype, device="cpu")
+
+
 def test_a_shape_that_holds_nothing_has_the_same_limit() -> None:
     with pytest.raises(
         OverflowError, match=r"holds nothing, but its other dimensions would have more than 2\*\*63 - 1"
@@ -147,9 +154,9 @@ def test_a_shape_that_holds_nothing_has_the_same_limit() -> None:
         gpuconst.full((0, 2**63), 1, device="cpu")
 
 
-@pytest.mark.parametrize("shape", [2**63 - 1, (2**31, 2**31), (2**48,)], ids=str)
+@pytest.mark.parametrize("shape", [2**63 - 1, [2**63 - 1], (2**31, 2**31), (2**48,)], ids=str)
 def test_more_than_this_machine_has(shape: Any) -> None:
-    nbytes = math.prod(shape) if isinstance(shape, tuple) else shape
+    nbytes = shape if isinstance(shape, int) else math.prod(shape)
     with pytest.raises(gpuconst.OutOfMemoryError, match=f"the host has no {nbytes:,} bytes left"):
         gpuconst.full(shape, 1, dtype="int8", device="cpu")
 
