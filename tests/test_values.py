@@ -3,6 +3,7 @@
 import enum
 import math
 import re
+import sys
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -386,7 +387,12 @@ def test_the_way_out_that_a_message_names(value: Any, dtype: str, hint: str, fol
 
 @pytest.mark.parametrize(
     ("value", "dtype", "wider"),
-    [(1e10, "float16", "float64"), (1e39, "complex64", "complex128"), (2**63, None, "uint64")],
+    [
+        (1e10, "float16", "float64"),
+        (int(sys.float_info.max), "float32", "float64"),
+        (1e39, "complex64", "complex128"),
+        (2**63, None, "uint64"),
+    ],
 )
 def test_the_wider_dtype_that_a_message_names(value: Any, dtype: str | None, wider: str) -> None:
     assert wider in refusal(value, dtype)
@@ -464,6 +470,7 @@ def at_once(values: list[Any], dtype: str) -> bytes | tuple[type[Exception], str
 @example([1.0, math.inf], "float8_e4m3fn")
 @example([1.0, -math.inf], "float8_e5m2fnuz")
 @example([1.0, 1e-45], "float8_e8m0fnu")
+@example([1.0, 1e39], "float32")
 def test_many_at_once_are_encoded_as_one_by_one(values: list[Any], dtype: str) -> None:
     assert at_once(values, dtype) == one_by_one(values, dtype)
 
