@@ -1,7 +1,9 @@
 """Every name that a dtype goes by."""
 
 import re
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -53,6 +55,7 @@ def test_an_ml_dtypes_format_by_every_name(name: str) -> None:
         (float, "float64"),  # as everywhere in NumPy
         (complex, "complex128"),
         ("f4", "float32"),
+        (np.str_("f4"), "float32"),
         ("half", "float16"),
         ("double", "float64"),
         (np.longlong, "int64"),
@@ -105,6 +108,12 @@ def test_dtypes_of_frameworks_are_recognised_by_what_is_imported(run_python: Cal
     assert loaded == "[]"
 
 
+@pytest.mark.parametrize("framework", ["torch", "tensorflow"])
+def test_a_framework_that_another_thread_is_still_importing(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, framework, ModuleType(framework))
+    assert dtype_of("f4") == np.float32
+
+
 @pytest.mark.parametrize("name", [name for name in NATIVE if np.dtype(name).itemsize > 1])
 def test_foreign_byte_order(name: str) -> None:
     foreign = np.dtype(name).newbyteorder("S")
@@ -154,13 +163,19 @@ def test_an_unknown_dtype_is_told_the_known_ones(dtype: Any) -> None:
     ("spelling", "meant"),
     [
         ("bf16", "bfloat16"),
-        ("torch.float32", "float32"),
+        ("torch.int8", "int8"),
         ("Int8", "int8"),
         ("float8_e5", "float8_e5m2', 'float8_e5m2fnuz"),
     ],
 )
 def test_a_misspelt_dtype_is_told_the_nearest(spelling: str, meant: str) -> None:
     with pytest.raises(TypeError, match=f"unknown dtype '{spelling}'; did you mean '{meant}'. the dtypes are bool, "):
+        gpuconst.full(3, 1, dtype=spelling)
+
+
+@pytest.mark.parametrize("spelling", ["", "torch."])
+def test_a_dtype_without_a_name_is_near_to_none(spelling: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown dtype '{re.escape(spelling)}'; the dtypes are bool, "):
         gpuconst.full(3, 1, dtype=spelling)
 
 
