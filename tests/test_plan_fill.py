@@ -55,7 +55,9 @@ def test_later_changes_of_the_lists_do_not_matter() -> None:
     assert arrays[0].tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize("xs", [[], [np.zeros(0), torch.zeros(0, 3)], [torch.zeros(3, device="meta")]])
+@pytest.mark.parametrize(
+    "xs", [[], [np.zeros(0), torch.zeros(0, 3), gpuconst.zeros(0, device="cpu")], [torch.zeros(3, device="meta")]]
+)
 def test_nothing_to_fill(xs: list[Any]) -> None:
     plan = gpuconst.plan_fill(xs, 1)
     plan.fill()
@@ -148,22 +150,31 @@ def test_a_numpy_array_that_was_cut_short_is_stale_wherever_it_is() -> None:
 
 class Closable:
     def __init__(self) -> None:
-        self.memory, self.closed = np.zeros(3), False
+        self.memory = np.zeros(3)
+        self.error: Exception | None = None
 
     def __dlpack__(self, **arguments: Any) -> Any:
-        if self.closed:
-            raise BufferError("the exporter is closed")
+        if self.error is not None:
+            raise self.error
         return self.memory.__dlpack__(**arguments)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.memory.__dlpack_device__()
 
 
-def test_what_exports_its_memory_no_more_is_stale() -> None:
+@pytest.mark.parametrize("error", [BufferError, ValueError, TypeError])
+def test_what_exports_its_memory_no_more_is_stale(error: type[Exception]) -> None:
     x = Closable()
     plan = gpuconst.plan_fill([np.zeros(3), x], 1)
     assert plan.stale() == []
-    x.closed = True
+    x.error = error("the exporter is closed")
+    assert plan.stale() == [1]
+
+
+def test_what_exports_other_memory_is_stale() -> None:
+    x = Closable()
+    plan = gpuconst.plan_fill([np.zeros(3), x], 1)
+    x.memory = np.zeros(3)
     assert plan.stale() == [1]
 
 
