@@ -275,6 +275,15 @@ def test_a_storage_that_was_made_too_small_is_refused(nbytes: int) -> None:
         gpuconst.fill(x, 5.0)
 
 
+@pytest.mark.parametrize("layout", [lambda x: x[10:], lambda x: x[10::2]], ids=["contiguous", "strided"])
+def test_a_view_beyond_what_is_left_of_a_storage_is_refused(layout: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.ones(31)
+    view = layout(x)
+    x.untyped_storage().resize_(100)
+    with pytest.raises(ValueError, match="storage was resized to 100 bytes, it needs 124"):
+        gpuconst.fill(view, 5.0)
+
+
 def test_a_view_into_what_is_left_of_a_storage_is_filled() -> None:
     x = torch.ones(30)
     view = x[2:5]
