@@ -437,6 +437,15 @@ def test_a_carrier_that_breaks_its_promise() -> None:
         retag(np.zeros(1, "float32").__dlpack__(), DTYPES["bfloat16"], None)
 
 
+@pytest.mark.parametrize(("dtype", "minor", "kept"), [("bfloat16", 0, 0), ("float8_e5m2", 0, 1), ("float8_e5m2", 9, 9)])
+def test_a_corrected_capsule_keeps_its_flags_and_a_version_that_suffices(dtype: str, minor: int, kept: int) -> None:
+    capsule = np.zeros(1, DTYPES[dtype].carrier).__dlpack__(max_version=(1, 1))
+    managed = versioned(capsule)
+    managed.minor, managed.flags = minor, 4
+    retag(capsule, DTYPES[dtype], (1, 1), copied=True)
+    assert (managed.major, managed.minor, managed.flags) == (1, kept, 4 | IS_COPIED)
+
+
 def test_reading_what_is_no_capsule() -> None:
     for capsule in [None, object(), 3]:
         with pytest.raises(BufferError, match="is not an unconsumed DLPack capsule"):
