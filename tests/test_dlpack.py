@@ -121,6 +121,7 @@ def test_a_copy_that_is_asked_for(
     capsule = array.__dlpack__(copy=True, dl_device=dl_device, max_version=max_version)
     tensor = legacy(capsule).tensor if max_version is None else versioned(capsule).tensor
     assert (tensor.code, tensor.bits) == CODES[dtype]
+    assert tuple(tensor.shape[: tensor.ndim]) == array.shape
     assert tensor.data % 256 == 0
     assert not array.data_ptr() <= tensor.data < array.data_ptr() + array.nbytes
     assert ctypes.string_at(tensor.data, array.nbytes) == array.to_numpy().tobytes()
