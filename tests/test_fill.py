@@ -71,6 +71,12 @@ class LegacyDLPackOnly(DLPackOnly):
         return self.array.__dlpack__()
 
 
+class CopiesUnlessToldNotTo(DLPackOnly):
+    def __dlpack__(self, **arguments: Any) -> Any:
+        array = self.array if arguments.get("copy") is False else self.array.copy()
+        return array.__dlpack__(**arguments)
+
+
 class ArrayInterfaceOnly:
     def __init__(self, array: np.ndarray) -> None:
         self.__array_interface__ = array.__array_interface__
@@ -232,6 +238,12 @@ def test_a_writable_broadcast() -> None:
     wide = np.lib.stride_tricks.as_strided(memory[1:2], (1000, 1000, 1000), (0, 0, 0))
     gpuconst.fill(wide, 5)
     assert memory.tolist() == [first, 5, last]
+
+
+def test_an_exporter_is_told_not_to_copy() -> None:
+    x = np.zeros(3)
+    gpuconst.fill(CopiesUnlessToldNotTo(x), 7)
+    assert x.tolist() == [7, 7, 7]
 
 
 def test_a_masked_array_keeps_its_mask() -> None:
