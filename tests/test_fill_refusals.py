@@ -270,6 +270,7 @@ TRUTHS = {
     "pinned host memory": Exporter(device_type=dlpack.CUDA_HOST),
     "a later minor version": Exporter(version=(1, 9)),
     "a flag that does not concern it": Exporter(flags=4),
+    "64 dimensions": Exporter(shape=(1,) * 62 + (3, 4), strides=None),
     "no dimensions": Exporter(shape=(), strides=()),
     "no dimensions, no shape": Exporter(shape=None, strides=None),
     "nothing, at no address": Exporter(data=0, shape=(0, 4)),
