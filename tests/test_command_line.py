@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -10,12 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from installed import each
 
 import gpuconst
 from gpuconst.__main__ import main
 from gpuconst.backends import BACKENDS
+from gpuconst.environment import BackendInfo, Info
 from gpuconst.kernels.cuda_driver import driver
 
 WITHOUT = """
@@ -93,6 +96,31 @@ def test_info_is_a_table() -> None:
         assert re.search(rf"^  {name} +{row.device} +\S+ +(usable|not usable: \S.*)$", done.stdout, re.MULTILINE)
     assert re.search(r"^  numpy +cpu +[\d.]+ +usable$", done.stdout, re.MULTILINE)
     assert f"numpy {importlib.metadata.version('numpy')}" in lines[-1]
+
+
+def test_the_table_of_info() -> None:
+    backends = (
+        BackendInfo("cupy", "cuda", None, "CuPy is not installed"),
+        BackendInfo("numpy", "cpu", "2.4.0", None),
+    )
+    found = Info("1.0", "3.13.1", "Linux x86_64", "cpu (numpy)", None, (), backends, {"torch": "2.9", "jax": "0.8"})
+    assert str(found).splitlines() == [
+        "gpuconst 1.0, Python 3.13.1, Linux x86_64",
+        "default device: cpu (numpy)",
+        "NVIDIA driver: none",
+        "backends, in the order they are tried:",
+        "  cupy   cuda  -          not usable: CuPy is not installed",
+        "  numpy  cpu   2.4.0      usable",
+        "frameworks: torch 2.9, jax 0.8",
+    ]
+    found = dataclasses.replace(found, driver="13.0", devices=("H100", "H200"))
+    assert str(found).splitlines()[2:5] == ["NVIDIA driver: CUDA 13.0", "  cuda:0: H100", "  cuda:1: H200"]
+
+
+def test_info_names_the_frameworks_that_are_installed() -> None:
+    frameworks = gpuconst.info().frameworks
+    assert frameworks["numpy"] == np.__version__
+    assert frameworks == {name: importlib.metadata.version(name) for name in frameworks}
 
 
 def test_info_as_json_says_the_same() -> None:
