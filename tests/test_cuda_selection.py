@@ -252,7 +252,7 @@ def test_cpu_work_calls_no_driver(run_python: Callable[..., str]) -> None:
     assert Path(settings["STANDIN_LOG"]).exists()
 
 
-@on_standin(INFO="yes")
+@on_standin(INFO="yes", STANDIN_MEMORY=1_500_000_000)  # 1.4 GiB
 def test_info_leaves_this_process_free_to_fork() -> None:
     assert "cuda:1: Stand-in 1, compute capability 9.0, 1 GiB" in str(gpuconst.info())
     assert not any(line.startswith("cuDevicePrimaryCtxRetain") for line in calls())
