@@ -164,9 +164,10 @@ def test_what_is_no_array_is_refused(x: Any) -> None:
     ("x", "way_out"),
     [
         ([np.ones(2), np.ones(2)], "for several arrays use gpuconst.fill_many"),
+        ((np.ones(2), np.ones(2)), "for several arrays use gpuconst.fill_many"),
         (torch.nn.Linear(2, 2), "of a module, gpuconst.fill_many(x.parameters(), ...)"),
     ],
-    ids=["list", "module"],
+    ids=["list", "tuple", "module"],
 )
 def test_what_holds_arrays_is_sent_to_fill_many(x: Any, way_out: str) -> None:
     with pytest.raises(TypeError, match=rf"is no array; .*; {re.escape(way_out)}$"):
@@ -415,6 +416,7 @@ CUDA_LIES: dict[str, tuple[Any, type[Exception], str]] = {
     "unknown dtype": (interface(typestr="<M8[s]"), TypeError, "cannot be read: .*unknown dtype"),
     "shape of no ints": (interface(shape=("a",)), TypeError, "cannot be read"),
     "address of no int": (interface(data=("a", False)), TypeError, "cannot be read"),
+    "strides of another length": (interface(shape=(0,), strides=(4, 4)), ValueError, "their lengths differ"),
     "masked": (interface(mask=object()), TypeError, "masked; fill its data and its mask"),
 }
 
