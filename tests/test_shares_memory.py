@@ -163,9 +163,11 @@ def test_what_would_take_too_long_to_find_out_may_be_shared() -> None:
 
 def test_one_address_on_two_devices_is_not_shared() -> None:
     on_cpu = Exporter()
-    on_gpu = Exporter(device_type=CUDA, data=on_cpu.memory.ctypes.data)
+    on_gpu, on_another = (Exporter(device_type=CUDA, device_id=n, data=on_cpu.memory.ctypes.data) for n in (0, 1))
     assert gpuconst.shares_memory(on_cpu, on_cpu.memory)
+    assert gpuconst.shares_memory(on_gpu, on_gpu)
     assert not gpuconst.shares_memory(on_cpu, on_gpu)
+    assert not gpuconst.shares_memory(on_gpu, on_another)
 
 
 @pytest.mark.gpu
