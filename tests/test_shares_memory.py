@@ -170,6 +170,14 @@ def test_one_address_on_two_devices_is_not_shared() -> None:
     assert not gpuconst.shares_memory(on_gpu, on_another)
 
 
+@pytest.mark.parametrize(("first", "stride"), [(4096 + 8, -1), (2**63 - 12, 1)])
+def test_the_lowest_and_the_highest_address_that_memory_can_have(first: int, stride: int) -> None:
+    x = np.ones(3)
+    assert not gpuconst.shares_memory(x, Exporter(data=first, shape=(3,), strides=(stride,)))
+    with pytest.raises(ValueError, match="no memory is there"):
+        gpuconst.shares_memory(x, Exporter(data=first + stride, shape=(3,), strides=(stride,)))
+
+
 @pytest.mark.gpu
 def test_devices_share_nothing() -> None:
     x = gpuconst.ones(3, device="cuda")
