@@ -297,21 +297,21 @@ CALL = """
 try:
     gpuconst.full(1, 1.0, device="cpu").to_{name}()
 except ImportError as error:
-    print(type(error).__name__, error)
+    print(type(error).__name__, error.name, error)
 """
 
 
 @pytest.mark.parametrize("name", ["torch", "jax", "tensorflow"])
 def test_a_framework_that_is_not_installed(run_python: Callable[..., str], name: str) -> None:
     printed = run_python((BLOCKED + CALL).format(name=name))
-    assert printed == f"ImportError {name} is not installed; pip install 'gpuconst[{name}]'"
+    assert printed == f"ImportError {name} {name} is not installed; pip install 'gpuconst[{name}]'"
 
 
 def test_a_framework_whose_installation_is_broken(run_python: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "__init__.py").write_text("import a_part_of_it")
     printed = run_python("import gpuconst" + CALL.format(name="jax"), PYTHONPATH=str(tmp_path))
-    assert printed == "ModuleNotFoundError No module named 'a_part_of_it'"
+    assert printed == "ModuleNotFoundError a_part_of_it No module named 'a_part_of_it'"
 
 
 # Nobody loses memory over it
