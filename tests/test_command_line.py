@@ -123,6 +123,11 @@ def test_info_names_the_frameworks_that_are_installed() -> None:
     assert frameworks == {name: importlib.metadata.version(name) for name in frameworks}
 
 
+def test_info_finds_the_version_of_cupy_under_each_of_its_names() -> None:
+    cupy = pytest.importorskip("cupy")
+    assert gpuconst.info().backends[0].version == cupy.__version__
+
+
 def test_info_as_json_says_the_same() -> None:
     found = json.loads(_gpuconst("info", "--json").stdout)
     expected = json.loads(json.dumps(gpuconst.info().asdict()))
