@@ -21,6 +21,7 @@ from cuda_standin import (
     new_stream,
     on_standin,
 )
+from lying_capsules import DLPackOnly
 
 import gpuconst
 
@@ -176,6 +177,24 @@ def test_arrays_are_filled_on_the_stream_that_they_name(use: str) -> None:
     assert wait.startswith(f"cuStreamWaitEvent {first} ")
     assert f" {first} " in launch
     assert waits.startswith(f"cuStreamWaitEvent {second} ")
+
+
+class Both(DLPackOnly):
+    """Speaks DLPack, which names no stream, and the CUDA Array Interface, which does."""
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        return self.array.__cuda_array_interface__
+
+
+@on_standin()
+def test_an_array_of_both_protocols_is_filled_on_the_stream_that_it_names() -> None:
+    stream = new_stream()
+    array = gpuconst.zeros(100, device="cuda", stream=stream)
+    before = len(calls("launch"))
+    gpuconst.fill(Both(array), 1.0)
+    (launch,) = calls("launch")[before:]
+    assert f" stream={stream:#x} " in launch
 
 
 @on_standin()
