@@ -113,6 +113,13 @@ def test_to_cupy_shares_the_memory(dtype: str) -> None:
 
 
 @on_cupy
+def test_cupy_lacks_float8() -> None:
+    array = gpuconst.full(3, 1, dtype="float8_e5m2", device="cuda")
+    with pytest.raises(TypeError, match="CuPy has no dtype float8_e5m2; fill with 'uint8' and the raw bits"):
+        array.to_cupy()
+
+
+@on_cupy
 def test_cupy_reads_the_cuda_array_interface() -> None:
     array = gpuconst.full((3, 5), 1.5, device="cuda")
     assert cupy.asarray(array).data.ptr == array.data_ptr()
