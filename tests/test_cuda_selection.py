@@ -9,6 +9,7 @@ import signal
 import subprocess
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from cuda_standin import (
 
 import gpuconst
 from gpuconst.backends import select
+from gpuconst.environment import BackendInfo
 
 pytestmark = pytest.mark.needs("numba_cuda")
 
@@ -79,6 +81,11 @@ def check_unusable(reason: str, backend: str | None = None) -> None:
     *others, numpy = gpuconst.info().backends
     assert all(reason in str(row.why_not) for row in others if backend in (None, row.name))
     assert numpy.why_not is None
+
+
+@on_standin(STANDIN_DEVICES=1)
+def test_one_device_is_enough_for_a_backend() -> None:
+    assert gpuconst.info().backends[1] == BackendInfo("numba", "cuda", version("numba-cuda"), None)
 
 
 @on_standin(STANDIN_DEVICES=0)
@@ -142,6 +149,14 @@ def test_a_probe_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "ml_dtypes.py").write_text("raise ImportError('built for another NumPy')")
     monkeypatch.syspath_prepend(tmp_path)
     assert gpuconst.info().default == "none: the probe of the GPU failed: ImportError: built for another NumPy"
+
+
+def test_what_is_printed_as_python_starts_is_no_part_of_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('welcome')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert gpuconst.info().backends[-1].why_not is None
 
 
 @on_standin(STANDIN_CAPABILITY=70)
@@ -256,7 +271,9 @@ def test_cpu_work_calls_no_driver(run_python: Callable[..., str]) -> None:
 
 @on_standin(INFO="yes", STANDIN_MEMORY=1_500_000_000)  # 1.4 GiB
 def test_info_leaves_this_process_free_to_fork() -> None:
-    assert "cuda:1: Stand-in 1, compute capability 9.0, 1 GiB" in str(gpuconst.info())
+    table = str(gpuconst.info())
+    assert "NVIDIA driver: CUDA 13.0" in table
+    assert "cuda:1: Stand-in 1, compute capability 9.0, 1 GiB" in table
     assert not any(line.startswith("cuDevicePrimaryCtxRetain") for line in calls())
     child = os.fork()
     if not child:
