@@ -376,6 +376,7 @@ def test_the_hint_to_wrap_wraps(dtype: str, value: float) -> None:
         (2.4, "int8", "pass round(x)", round),
         (1 + 2j, "float32", "pass its .real", lambda x: x.real),
         (7, "bool", "pass bool(x)", bool),
+        (0.5, "bool", "pass bool(x)", bool),
         (1e6, "float8_e4m3fn", "pass a value in that range", lambda _: 448),
         (0, "float8_e8m0fnu", "pass a value in that range", lambda _: 2.0**-127),
     ],
@@ -421,9 +422,11 @@ def test_many_values_are_not_told_to_be_one(values: Any) -> None:
     assert "pass" not in message
 
 
-@pytest.mark.parametrize("kind", [float, np.float32, np.datetime64, torch.Tensor])
-def test_a_class_is_not_told_to_be_converted(kind: type) -> None:
-    message = refusal(kind, "float32")
+@pytest.mark.parametrize(
+    "value", [float, np.float32, np.datetime64, torch.Tensor, np.datetime64("2020-01-01"), np.void(4), np.str_("1")]
+)
+def test_a_class_a_date_and_bytes_are_not_told_to_be_converted(value: Any) -> None:
+    message = refusal(value, "float32")
     assert "of type" in message
     assert "pass" not in message
 
