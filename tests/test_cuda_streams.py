@@ -197,6 +197,21 @@ def test_an_array_of_both_protocols_is_filled_on_the_stream_that_it_names() -> N
     assert f" stream={stream:#x} " in launch
 
 
+class Legacy(DLPackOnly):
+    """An exporter of before DLPack 1.0, which notes the stream that it is told."""
+
+    def __dlpack__(self, stream: Any = None) -> Any:  # type: ignore[override]
+        self.stream = stream
+        return self.array.__dlpack__(stream=stream)
+
+
+@on_standin()
+def test_an_exporter_of_before_dlpack_1_is_told_the_stream_too() -> None:
+    x = Legacy(gpuconst.zeros(100, device="cuda"))
+    gpuconst.fill(x, 1.0)
+    assert x.stream == 1
+
+
 @on_standin()
 def test_a_stream_that_is_asked_for_waits_for_those_that_arrays_name() -> None:
     named, asked = new_stream(), new_stream()
