@@ -130,10 +130,10 @@ def _resolve_foreign(dtype: Any) -> DType:
             return DTYPES[found]
     elif isinstance(dtype, tensorflow_dtype):
         found = dtype.name
-    elif not isinstance(dtype, str | np.dtype) and isinstance(getattr(dtype, "dtype", None), np.dtype):
+    elif not isinstance(dtype, str) and isinstance(getattr(dtype, "dtype", None), np.dtype):
         found = dtype.dtype  # jax.numpy.float32 and the like
     if found is not None:
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, SyntaxError):  # NumPy parses strings, and reads attributes
             found = np.dtype(found)
     if isinstance(found, np.dtype) and not found.isnative and found.newbyteorder("=") in _ALIASES:
         raise TypeError(

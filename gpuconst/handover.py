@@ -108,8 +108,9 @@ def to_cupy(array: Exporter) -> Any:
 
 
 def _import(name: str, extra: str) -> Any:
-    if name in sys.modules:
-        return sys.modules[name]
+    module = sys.modules.get(name)  # None if importing it is forbidden
+    if module is not None:
+        return module
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

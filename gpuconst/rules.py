@@ -68,7 +68,7 @@ class Rules:
                 way_out = f"as a name, it is {escape(glob)!r}" if glob in names else _nearest(glob, names)
                 raise ValueError(f"the rule {glob!r} matches nothing; {way_out}")
             winner = chosen.get(glob, index)
-            if winner != index and not _GLOB.search(glob) and not _same(self.values[winner], self.values[index]):
+            if not _GLOB.search(glob) and not _same(self.values[winner], self.values[index]):
                 raise ValueError(
                     f"the rule {glob!r} has no effect: its tensor follows {self.globs[winner]!r}, which comes first, "
                     "there or under a name that it is tied to; put the rule before that one, or drop it"

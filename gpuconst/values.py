@@ -95,7 +95,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[tuple[int, ...], int]:
 
 
 def _dimensions(shape: Any) -> tuple[int, ...]:
-    if _is_bool(shape) or isinstance(shape, str | bytes | Mapping | Set):
+    if _is_bool(shape) or isinstance(shape, str | bytes | bytearray | Mapping | Set):
         raise TypeError(f"a shape is an int or a sequence of ints, not {brief(shape)}")
     if not getattr(shape, "ndim", 0):  # a one-element tensor has an index, whatever its dimensions
         try:
@@ -120,10 +120,8 @@ def _dimension(length: Any, shape: Any) -> int:
 
 
 def _is_bool(value: Any) -> bool:
-    """Whether a value is a bool, including NumPy's and 0-d bool tensors; most of these have an ``__index__``."""
-    if isinstance(value, bool | np.bool_):
-        return True
-    return getattr(value, "ndim", None) == 0 and str(getattr(value, "dtype", None)) in ("bool", "torch.bool")
+    """Whether a value is a bool, including those of all libraries; most of these have an ``__index__``."""
+    return isinstance(value, bool) or (getattr(value, "ndim", None) == 0 and "bool" in str(getattr(value, "dtype", "")))
 
 
 def default_dtype(value: Any) -> DType:
@@ -276,10 +274,10 @@ def _number(value: Any) -> int | float | complex:
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, np.generic):
-        if isinstance(value, np.bool_ | np.integer | np.float16 | np.float32 | np.float64 | np.complexfloating):
-            value = value.item()
-        elif value.dtype in _ML_DTYPES:
+        if value.dtype in _ML_DTYPES:
             value = float(value)
+        elif value.dtype.kind in "biufc":
+            value = value.item()
     if isinstance(value, int | float | complex):
         return value
     raise _no_number(value)

@@ -307,7 +307,7 @@ def _read_cuda_interface(x: Any) -> View:
     interface = x.__cuda_array_interface__
     try:
         (address, read_only), shape = interface["data"], tuple(map(operator.index, interface["shape"]))
-        dtype = resolve_dtype(np.dtype(interface["typestr"]))
+        dtype = resolve_dtype(interface["typestr"])
         strides = interface.get("strides")
         strides = tuple(map(operator.index, strides)) if strides else contiguous_strides(shape, dtype.itemsize)
         address = operator.index(address)
@@ -370,7 +370,7 @@ def _read_buffer(x: Any) -> View:
     if hasattr(x, "__cuda_array_interface__"):  # set on the object, not on its type
         return _read_cuda_interface(x)
     if hasattr(x, "__array_interface__") or hasattr(x, "__array_struct__"):
-        return _read_numpy(np.asarray(x))  # it keeps alive the owner of the memory, seldom x itself
+        return _read_numpy(x)
     try:
         exported = np.asarray(memoryview(x))
     except TypeError:

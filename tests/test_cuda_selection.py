@@ -151,10 +151,10 @@ def test_a_probe_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert gpuconst.info().default == "none: the probe of the GPU failed: ImportError: built for another NumPy"
 
 
-def test_what_is_printed_as_python_starts_is_no_part_of_the_probe(
+def test_what_is_printed_as_python_starts_and_ends_is_no_part_of_the_probe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text("print('welcome')")
+    (tmp_path / "sitecustomize.py").write_text("import atexit; print('welcome'); atexit.register(print, 'bye')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert gpuconst.info().backends[-1].why_not is None
 

@@ -301,9 +301,13 @@ except ImportError as error:
 """
 
 
+FORBIDDEN = "import sys, gpuconst; sys.modules[{name!r}] = None"
+
+
 @pytest.mark.parametrize("name", ["torch", "jax", "tensorflow"])
-def test_a_framework_that_is_not_installed(run_python: Callable[..., str], name: str) -> None:
-    printed = run_python((BLOCKED + CALL).format(name=name))
+@pytest.mark.parametrize("absent", [BLOCKED, FORBIDDEN], ids=["not found", "forbidden"])
+def test_a_framework_that_is_not_installed(run_python: Callable[..., str], absent: str, name: str) -> None:
+    printed = run_python((absent + CALL).format(name=name))
     assert printed == f"ImportError {name} {name} is not installed; pip install 'gpuconst[{name}]'"
 
 

@@ -413,6 +413,7 @@ CUDA_LIES: dict[str, tuple[Any, type[Exception], str]] = {
     "no data": ({"version": 3, "shape": (4,), "typestr": "<f4"}, TypeError, "cannot be read: KeyError"),
     "no dict": (None, TypeError, "cannot be read"),
     "unknown type": (interface(typestr="nonsense"), TypeError, "cannot be read: .*nonsense"),
+    "no type": (interface(typestr=None), TypeError, "cannot be read: .*unknown dtype None"),
     "unknown dtype": (interface(typestr="<M8[s]"), TypeError, "cannot be read: .*unknown dtype"),
     "shape of no ints": (interface(shape=("a",)), TypeError, "cannot be read"),
     "address of no int": (interface(data=("a", False)), TypeError, "cannot be read"),

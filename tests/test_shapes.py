@@ -68,6 +68,16 @@ def test_the_shape_of_a_torch_tensor() -> None:
     assert shape_of(torch.empty(2, 3).shape) == (2, 3)
 
 
+@pytest.mark.needs("tensorflow")
+def test_scalars_of_tensorflow_are_lengths_unless_they_are_bools() -> None:
+    import tensorflow as tf
+
+    assert shape_of(tf.constant(3)) == shape_of([tf.constant(3)]) == (3,)
+    for shape in (tf.constant(True), [tf.constant(True)]):
+        with pytest.raises(TypeError, match="not <tf.Tensor: shape=.., dtype=bool, numpy=True>"):
+            gpuconst.full(shape, 1)
+
+
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 0, 5), (0, 2**40)])
 @pytest.mark.parametrize("dtype", ["bool", "bfloat16", "complex128"])
 def test_size_0(shape: tuple[int, ...], dtype: str) -> None:
@@ -94,6 +104,7 @@ def test_0_d() -> None:
         (None, "not None"),
         ("34", "not '34'"),
         (b"34", "not b'34'"),
+        (bytearray(b"34"), "not bytearray(b'34')"),
         ({2: 3}, "not {2: 3}"),
         ({2, 3}, "not {2, 3}"),
         ((True,), "not True (in (True,))"),
