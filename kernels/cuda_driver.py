@@ -29,6 +29,7 @@ _PARAMETERS = {
 }
 _LEGACY, _PER_THREAD = 0, 2  # default streams; 1 is the legacy one too
 _DISABLE_TIMING = 2
+_OUT_OF_MEMORY = 2
 _CAPTURE_RELAXED = 2
 _CAPTURE_IMPLICIT = 906  # the legacy default stream, while another stream is captured
 
@@ -248,7 +249,14 @@ class _PrimaryContext:
         cuda = _library()
         device, context = ctypes.c_int(), ctypes.c_void_p()
         _check(cuda.cuDeviceGet(ctypes.byref(device), index))
-        _check(cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        status = cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+        if status == _OUT_OF_MEMORY:
+            raise OutOfMemoryError(f"cuda:{index} has no room for a CUDA context; another process may hold the card")
+        if status:
+            raise DeviceUnavailableError(
+                f"cuda:{index} gives this process no CUDA context ({_name(status)}); in exclusive mode, only one "
+                "process gets it"
+            )
         self._context, self._handle = context, context.value
         self._get, self._push, self._pop = cuda.cuCtxGetCurrent, cuda.cuCtxPushCurrent_v2, cuda.cuCtxPopCurrent_v2
 
@@ -275,6 +283,13 @@ def primary_context(index: int) -> contextlib.AbstractContextManager[None]:
 
     After the `with` block, the caller's current device is what it was before. The context is kept until the
     process ends.
+
+    Raises
+    ------
+    OutOfMemoryError
+        If the device has no room for a context.
+    DeviceUnavailableError
+        If the driver refuses one, as in exclusive mode while another process has it.
     """
     context = _primary_context(index)
     return _NOTHING_TO_DO if context.is_current() else context
@@ -425,6 +440,10 @@ def out_of_memory(nbytes: int, index: int) -> OutOfMemoryError:
 
 def _check(status: int) -> None:
     if status:
-        name = ctypes.c_char_p()
-        _library().cuGetErrorName(status, ctypes.byref(name))
-        raise RuntimeError(f"the CUDA driver reports {(name.value or b'an error').decode()} ({status})")
+        raise RuntimeError(f"the CUDA driver reports {_name(status)}")
+
+
+def _name(status: int) -> str:
+    name = ctypes.c_char_p()
+    _library().cuGetErrorName(status, ctypes.byref(name))
+    return f"{(name.value or b'an error').decode()} ({status})"

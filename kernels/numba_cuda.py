@@ -88,6 +88,14 @@ def _missing_compiler() -> str | None:
             load_nvidia_dynamic_lib(library)
         except Exception as error:
             return f"Numba's compiler library {library} cannot be loaded ({first_line(error)}); {INSTALL}"
+    from cuda.bindings import nvjitlink
+
+    (major, minor), supported = nvjitlink.version(), cuda_driver.driver().version
+    if major > supported // 1000:
+        return (
+            f"Numba's compiler is of CUDA {major}.{minor}, the driver of CUDA {cuda_driver.dotted(supported)}; "
+            f"pip install 'gpuconst[cuda{supported // 1000}]', or update the driver"
+        )
     if getattr(sys.modules.get("numba.cuda"), "implementation", "NVIDIA") != "NVIDIA":
         return (
             "numba.cuda is Numba's built-in target, not numba-cuda: it was imported before numba-cuda could take "
@@ -132,8 +140,9 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
     give_back()
     with cuda_driver.primary_context(index):
         try:
-            # A size of 0 has no address; one byte has.
-            memory = _pool(index).allocate(nbytes or 1, stream=_stream(int(stream), index))
+            with cuda_driver.any_capture_mode():  # as a pool that grows could spoil a graph on another stream
+                # A size of 0 has no address; one byte has.
+                memory = _pool(index).allocate(nbytes or 1, stream=_stream(int(stream), index))
         except Exception as error:
             cuda_driver.refuse_capture(index, stream)
             if "CUDA_ERROR_OUT_OF_MEMORY" not in str(error):

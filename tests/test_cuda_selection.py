@@ -113,6 +113,23 @@ def test_a_driver_that_is_too_old() -> None:
     check_unusable("the driver supports CUDA 11.8, needed is 12.0")
 
 
+@on_standin(STANDIN_VERSION=12040)
+def test_a_driver_of_before_the_compiler() -> None:
+    check_unusable("the driver of CUDA 12.4; pip install 'gpuconst[cuda12]', or update the driver", backend="numba")
+
+
+@on_standin(GPUCONST_BACKEND="numba", STANDIN_RETAIN=2)
+def test_a_card_without_room_for_a_context() -> None:
+    with pytest.raises(gpuconst.OutOfMemoryError, match="cuda:0 has no room for a CUDA context; another process"):
+        gpuconst.full(3, 1.0)
+
+
+@on_standin(GPUCONST_BACKEND="numba", STANDIN_RETAIN=46)
+def test_a_card_that_another_process_has_for_itself() -> None:
+    with pytest.raises(gpuconst.DeviceUnavailableError, match="cuda:0 gives this process no CUDA context"):
+        gpuconst.full(3, 1.0)
+
+
 @on_standin(STANDIN_INIT=803)
 def test_a_driver_of_another_version() -> None:
     check_unusable("of different versions")
