@@ -14,7 +14,7 @@ from .backends import Place, select
 from .batch import Batch, check_value, each_with_value, gather, writable_view
 from .dtypes import resolve_dtype
 from .kernels import host_fill
-from .kernels.cuda_driver import on_any_thread
+from .kernels.cuda_driver import is_capturing, on_any_thread
 from .kernels.runs import Region
 from .log import debug
 from .streams import check_captured, current_streams, stream_handle, torch_stream
@@ -108,7 +108,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     if is_torch:
         mark_written([x])
     place.module.fill(Region(view.address, view.shape, view.strides, element), place.ordinal, handle)
-    if isinstance(x, Array):
+    if isinstance(x, Array) and handle != view.stream and not is_capturing(place.ordinal, handle):
         x._stream = on_any_thread(handle)
     return x
 
@@ -383,7 +383,8 @@ class _Step:
         for array in self._ours:
             if array._stream != handle:
                 place.module.hand_over(array._memory, array._stream, handle)
-                array._stream = on_any_thread(handle)
+                if not is_capturing(place.ordinal, handle):  # else nothing runs there yet that the array could wait for
+                    array._stream = on_any_thread(handle)
         return handle, others if stream is None else []  # else the caller orders what comes after it
 
     def fill(self, handle: int, others: Sequence[int]) -> None:

@@ -95,6 +95,13 @@ class Lease:
         for stream in users:
             with contextlib.suppress(RuntimeError):
                 cuda_driver.order(stream, self._stream, self.index)
+        if self._by_stream:  # on the device that is current, where a pool does not see to it itself
+            with (
+                contextlib.suppress(RuntimeError),
+                cuda_driver.primary_context(self.index),
+                cuda_driver.any_capture_mode(),
+            ):
+                self._memory = None
         self._memory = None  # while its stream still lives
         return True
 

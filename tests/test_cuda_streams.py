@@ -447,6 +447,20 @@ def test_a_captured_fill_does_not_wait_for_what_is_not_captured(use: str) -> Non
     assert (arrays[0].to_numpy() == 2.0).all()
 
 
+@pytest.mark.parametrize("use", ["fill", "plan"])
+@on_standin()
+def test_an_array_waits_for_its_last_fill_that_ran_not_for_one_that_was_captured(use: str) -> None:
+    filled_on, captured_on = new_stream(), new_stream()
+    array = gpuconst.zeros(10, device="cuda", stream=filled_on)
+    plan = gpuconst.plan_fill([array], 1.0)
+    with captured(captured_on):
+        if use == "fill":
+            gpuconst.fill(array, 3.0, stream=captured_on)
+        else:
+            plan.fill(stream=captured_on)
+    assert array.__cuda_array_interface__["stream"] == filled_on
+
+
 @on_standin()
 def test_memory_whose_stream_is_captured_is_given_back_afterwards() -> None:
     stream = new_stream()

@@ -321,6 +321,27 @@ def test_memory_of_another_allocator_goes_back_on_a_stream_that_is_there() -> No
 
 
 @on_cupy
+def test_memory_of_another_allocator_goes_back_on_its_own_device() -> None:
+    """CuPy's stream-ordered memory is freed on whichever device is current."""
+    freed = []
+
+    class Ordered(cupy.cuda.memory.BaseMemory):  # type: ignore[misc, name-defined]
+        def __init__(self, nbytes: int) -> None:
+            self.pooled = cupy.get_default_memory_pool().malloc(nbytes)
+            self.ptr, self.size, self.device_id = self.pooled.ptr, nbytes, cupy.cuda.runtime.getDevice()
+
+        def __del__(self) -> None:
+            freed.append((self.device_id, cupy.cuda.runtime.getDevice()))
+
+    with cupy.cuda.using_allocator(lambda nbytes: cupy.cuda.MemoryPointer(Ordered(nbytes), 0)):
+        arrays = [gpuconst.full(10, 1.0, device=f"cuda:{index}") for index in (0, 1)]
+    del arrays
+    gc.collect()
+    assert sorted(freed) == [(0, 0), (1, 1)]
+    assert cupy.cuda.runtime.getDevice() == 0
+
+
+@on_cupy
 def test_torchs_allocator_in_place_of_cupys_may_have_no_room() -> None:
     class OutOfMemoryError(RuntimeError):
         """Of torch."""
