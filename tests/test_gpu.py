@@ -276,11 +276,14 @@ def test_fill_runs_on_the_current_stream_of_torch(backend: str, torch: Any) -> N
 def test_fill_runs_on_the_current_stream_of_cupy(backend: str) -> None:
     cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
     stream = cupy.cuda.Stream(non_blocking=True)
-    x = cupy.zeros(1 << 20, cupy.float32)
+    x, busy = cupy.zeros(1 << 20, cupy.float32), cupy.ones(1 << 26, cupy.float32)
     cupy.cuda.Device().synchronize()
     with stream:
+        for _ in range(50):
+            busy *= 2  # together, milliseconds
+        x += 5
         gpuconst.fill(x, 1.0)
-        x *= 2
+        x *= 2  # in order only if the fill is on this stream
     stream.synchronize()
     assert bool((x == 2.0).all())
     flipped = x[::-3]
@@ -315,6 +318,24 @@ def test_freed_memory_is_not_refilled_under_a_consumer(backend: str, torch: Any)
     consumer.synchronize()
     assert [float(x.min()) for x in copies] == [float(n) for n in range(200)]
     assert [float(x.max()) for x in copies] == [float(n) for n in range(200)]
+
+
+def test_freed_memory_is_not_refilled_under_jax_once_it_is_waited_for(backend: str) -> None:
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    if jax.default_backend() != "gpu":
+        pytest.skip("this JAX has no GPU")
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda _, y: y @ y / 2048, x))
+    busy = jax.numpy.ones((2048, 2048))
+    doubled = jax.jit(lambda x: x * 2)
+    results = []
+    for round_ in range(100):
+        made = gpuconst.full(1 << 16, float(round_), device="cuda").to_jax()
+        busy = slow(busy)
+        results.append(doubled(made).block_until_ready())
+        del made
+        gpuconst.full(1 << 16, -1.0, device="cuda")
+    assert [float(x.min()) for x in results] == [2.0 * n for n in range(100)]
+    assert [float(x.max()) for x in results] == [2.0 * n for n in range(100)]
 
 
 def test_memory_is_given_back_after_cupys_stream_has_gone(backend: str) -> None:
