@@ -322,9 +322,12 @@ def test_what_requires_grad_is_filled_only_outside_of_autograd(view: Callable[[t
     assert (x == 5).all()
 
 
-def test_a_meta_tensor_that_requires_grad_holds_nothing_up() -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_meta_tensor_that_may_not_be_written_holds_nothing_up(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        meta = torch.zeros(3, device="meta", requires_grad=not inference)
     x = torch.zeros(3)
-    plan = gpuconst.plan_fill([torch.zeros(3, device="meta", requires_grad=True), x], 5)
+    plan = gpuconst.plan_fill([meta, x], 5)
     plan.fill()
     assert (x == 5).all()
 
