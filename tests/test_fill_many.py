@@ -301,6 +301,7 @@ BAD: dict[str, tuple[Callable[[], Any], Any, type[Exception], str]] = {
     "inference": (made_in_inference_mode, 1, RuntimeError, "inference mode"),
     "conjugate": (lambda: torch.zeros(3, dtype=torch.complex64).conj(), 1, ValueError, "conjugate view"),
     "negative": (lambda: torch.zeros(3, dtype=torch.complex64).conj().imag, 1, ValueError, "lazy negative"),
+    "contiguous negative": (lambda: torch.zeros(1, dtype=torch.complex64).conj().imag, 1, ValueError, "lazy negative"),
     "sparse": (lambda: torch.eye(3).to_sparse(), 1, TypeError, "layout is torch.sparse_coo"),
     "nested": (nested, 1, TypeError, "the tensor is nested"),
     "bits": (lambda: torch.empty(3, dtype=torch.bits8), 1, TypeError, "unknown dtype torch.bits8"),

@@ -1,11 +1,14 @@
 """What torch asks of those who write into its memory: autograd stays right, and what has no memory is left alone."""
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad
@@ -141,6 +144,7 @@ def test_a_forward_mode_tangent_is_not_left_behind() -> None:
     [
         pytest.param(lambda x: x.conj(), id="conjugate"),
         pytest.param(lambda x: x.conj().imag, id="negative"),
+        pytest.param(lambda x: x.conj().imag[:1], id="contiguous negative"),
         pytest.param(lambda x: x.conj()[1:], id="slice of a conjugate"),
     ],
 )
@@ -214,7 +218,12 @@ def sparse(layout: torch.layout) -> torch.Tensor:
 
 
 WITHOUT_MEMORY: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
-    "coordinates": (lambda: sparse(torch.sparse_coo), r"layout is torch\.sparse_coo"),
+    "coordinates": (lambda: sparse(torch.sparse_coo), r"layout is torch\.sparse_coo, .*; fill its values\(\)$"),
+    "coordinates, not coalesced": (
+        lambda: torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.ones(2), (3,), check_invariants=False),
+        r"layout is torch\.sparse_coo, .*; make it x = x\.coalesce\(\), and fill its values\(\)$",
+    ),
+    "MKL-DNN": (lambda: torch.zeros(3).to_mkldnn(), r"layout is torch\._mkldnn, .*; use its to_dense\(\)$"),
     "compressed rows": (lambda: sparse(torch.sparse_csr), r"layout is torch\.sparse_csr"),
     "compressed blocks": (lambda: sparse(torch.sparse_bsr), r"layout is torch\.sparse_bsr"),
     "nested, with gaps": (lambda: nested().transpose(1, 2), "is nested and has gaps"),
@@ -388,6 +397,21 @@ def test_filling_a_dtensor_counts_as_writing_its_local_part(mesh: Any) -> None:
     assert saved.tolist() == [5, 5, 5]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.backward()  # type: ignore[no-untyped-call]
+
+
+def test_the_local_part_of_a_dtensor_lives_as_long_as_the_plan(mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    memory = np.zeros(30, np.float32)
+    x, owner = DTensor.from_local(torch.from_numpy(memory), mesh, [Replicate()], run_check=False), weakref.ref(memory)
+    plan = gpuconst.plan_fill([x], 5)
+    x._local_tensor = torch.ones(30)
+    assert plan.stale() == [0]
+    del memory
+    gc.collect()
+    assert owner() is not None
+    plan.fill()
+    np.testing.assert_array_equal(owner(), 5)
 
 
 def test_a_dtensor_without_memory_is_left_alone(mesh: Any) -> None:
