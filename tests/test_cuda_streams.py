@@ -65,6 +65,15 @@ def test_a_stream_is_taken_from_anything_that_has_one() -> None:
 
 
 @on_standin()
+def test_numbas_default_stream_is_a_null_pointer() -> None:
+    class Default:
+        handle = ctypes.c_void_p(0)
+
+    array = gpuconst.full(10, 1.0, device="cuda", stream=Default())
+    assert array.__cuda_array_interface__["stream"] == 1  # the legacy one
+
+
+@on_standin()
 def test_a_consumer_waits_for_the_producer() -> None:
     producer, consumer = new_stream(), new_stream()
     array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
@@ -120,16 +129,21 @@ def test_an_array_keeps_its_stream_and_nothing_else_does() -> None:
         def __cuda_stream__(self) -> tuple[int, int]:
             return 0, self.handle
 
-    stream = Stream()
-    noticed = weakref.ref(stream)
-    array = gpuconst.full(1000, 1.0, device="cuda", stream=stream)
-    capsule = array.__dlpack__(stream=-1, max_version=(1, 1))
-    del stream, array
-    gc.collect()
-    assert noticed() is not None
-    del capsule
-    gc.collect()
-    assert noticed() is None
+    class Older:
+        def __init__(self) -> None:
+            self.ptr = new_stream()
+
+    for kind in (Stream, Older):
+        stream = kind()
+        noticed = weakref.ref(stream)
+        array = gpuconst.full(1000, 1.0, device="cuda", stream=stream)
+        capsule = array.__dlpack__(stream=-1, max_version=(1, 1))
+        del stream, array
+        gc.collect()
+        assert noticed() is not None
+        del capsule
+        gc.collect()
+        assert noticed() is None
 
 
 @on_standin()
@@ -177,6 +191,20 @@ def test_arrays_are_filled_on_the_stream_that_they_name(use: str) -> None:
     assert wait.startswith(f"cuStreamWaitEvent {first} ")
     assert f" {first} " in launch
     assert waits.startswith(f"cuStreamWaitEvent {second} ")
+
+
+@pytest.mark.parametrize("use", ["fill_many", "plan"])
+@on_standin()
+def test_an_array_of_ours_is_filled_on_its_own_stream_which_waits_for_nothing(use: str) -> None:
+    stream = new_stream()
+    array = gpuconst.zeros(10, device="cuda", stream=stream)
+    before = len(calls(*FENCES))
+    if use == "fill_many":
+        gpuconst.fill_many([array], 1.0)
+    else:
+        gpuconst.plan_fill([array], 1.0).fill()
+    (launch,) = calls(*FENCES)[before:]
+    assert f" stream={stream:#x} " in launch
 
 
 class Both(DLPackOnly):
@@ -255,6 +283,19 @@ def test_memory_is_given_back_after_the_streams_that_use_it(use: str) -> None:
     assert record == f"cuEventRecord {event} stream={consumer:#x}"
     assert wait == f"cuStreamWaitEvent stream={producer:#x} {event}"
     assert free == f"cuMemFreeAsync stream={producer:#x}"
+
+
+@pytest.mark.parametrize("use", ["fill_many", "plan"])
+@on_standin()
+def test_a_stream_serves_the_arrays_on_the_gpu_among_others_on_the_cpu(use: str) -> None:
+    stream = new_stream()
+    arrays = [gpuconst.zeros(10, device=device) for device in ("cpu", "cuda")]
+    if use == "fill_many":
+        gpuconst.fill_many(arrays, 1.0, stream=stream)
+    else:
+        gpuconst.plan_fill(arrays, 1.0).fill(stream=stream)
+    assert f" stream={stream:#x} " in calls("launch")[-1]
+    assert all((array.to_numpy() == 1.0).all() for array in arrays)
 
 
 @on_standin()
