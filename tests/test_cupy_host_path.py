@@ -15,7 +15,7 @@ import pytest
 import test_cuda_host_path
 import test_cuda_selection
 import test_cuda_streams
-from cuda_standin import MIB, alive, calls, driver, launches, new_stream, on_standin
+from cuda_standin import MIB, Foreign, alive, calls, driver, launches, new_stream, on_standin
 
 import gpuconst
 from gpuconst.dtypes import DTYPES
@@ -164,6 +164,14 @@ def test_a_stream_that_is_asked_for_does_not_wait_for_cupys_current_one() -> Non
 
 
 @on_cupy
+def test_a_stream_of_which_cupy_does_not_know_the_device_is_taken() -> None:
+    x, stream = cupy.ndarray((10,), np.float32), cupy.cuda.ExternalStream(new_stream())
+    assert stream.device_id == -1
+    gpuconst.fill(x, 1.5, stream=stream)
+    assert f" stream={stream.ptr:#x} " in calls("launch")[-1]
+
+
+@on_cupy
 def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
     arrays = [gpuconst.zeros(n, device="cuda") for n in (10, 20)]
     plan = gpuconst.plan_fill(arrays, 1.0)
@@ -173,6 +181,7 @@ def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
             lambda: gpuconst.full(3, 1.0, device="cuda"),
             lambda: gpuconst.full_many({"a": (3, 1.0, None)}, device="cuda"),
             lambda: gpuconst.fill(arrays[0], 1.0),
+            lambda: gpuconst.fill(Foreign(arrays[0], shape=(5,), strides=(8,)), 1.0),
             lambda: gpuconst.fill_many(arrays, 1.0),
             plan.fill,
         ):
@@ -182,6 +191,15 @@ def test_nothing_is_done_outside_of_the_graph_that_cupy_captures() -> None:
         gpuconst.fill(arrays[0], 1.0, stream=cupy.cuda.get_current_stream())
         plan.fill(stream=cupy.cuda.get_current_stream())
     assert [line.split()[0] for line in launches()[len(before) :]] == ["fill_run", "fill_runs"]
+
+
+@on_cupy
+def test_a_capture_may_close_the_legacy_stream_which_is_cupys_current_one() -> None:
+    stream = new_stream(blocking=True)
+    array = gpuconst.zeros(10, device="cuda", stream=stream)
+    with test_cuda_streams.captured(stream):
+        gpuconst.fill(array, 1.0)
+    assert f" stream={stream:#x} " in calls("launch")[-1]
 
 
 @on_cupy
@@ -248,8 +266,10 @@ def test_cupys_current_stream_outlives_what_it_has_to_wait_for() -> None:
 def test_a_stream_on_which_cupy_took_an_array_outlives_its_memory() -> None:
     array = gpuconst.full(10, 1.0, device="cuda:0")
     with cupy.cuda.Stream(non_blocking=True) as stream:
+        handle = stream.ptr
+        gpuconst.fill(array, 2.0, stream=handle)  # a number keeps nothing alive
         shared = array.to_cupy()
-    handle = stream.ptr
+        gpuconst.fill(array, 3.0, stream=handle)
     del stream
     gc.collect()
     assert handle in alive("s")
