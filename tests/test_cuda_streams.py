@@ -300,11 +300,13 @@ def test_a_stream_serves_the_arrays_on_the_gpu_among_others_on_the_cpu(use: str)
 
 @on_standin()
 def test_memory_is_given_back_although_a_stream_that_used_it_is_gone() -> None:
-    producer, consumer = new_stream(), new_stream()
+    producer, gone, consumer = (new_stream() for _ in range(3))
     array = gpuconst.full(10, 1.0, device="cuda", stream=producer)
-    gpuconst.fill(array, 2.0, stream=consumer)
-    driver().cuStreamDestroy_v2(ctypes.c_void_p(consumer))
+    for stream in (gone, consumer):
+        gpuconst.fill(array, 2.0, stream=stream)
+    driver().cuStreamDestroy_v2(ctypes.c_void_p(gone))
     del array
+    assert calls("cuEventRecord")[-1].endswith(f"stream={consumer:#x}")  # which is still waited for
     assert not alive("m")
     assert not alive("e")
     assert current_context() == 0
