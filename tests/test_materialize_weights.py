@@ -85,14 +85,30 @@ def test_the_name_of_a_weight_whose_originals_are_set_is_an_error() -> None:
         materialize_(module, {"*original?": 3.0, "weight": 1.0, "*": 0.0})
 
 
+@pytest.mark.parametrize("kind", NORMED)
+def test_the_name_of_an_original_whose_weight_is_set_is_an_error(kind: str) -> None:
+    wrap, magnitude = NORMED[kind]
+    module = on_meta(lambda: wrap(nn.Linear(3, 4)))
+    with pytest.raises(ValueError, match=f"the rule '{magnitude}' has no effect: its tensor follows 'weight'"):
+        materialize_(module, {"weight": 1.0, magnitude: 3.0, "*": 0.0})
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
 @pytest.mark.parametrize("build", [on_meta, on_cpu])
-def test_a_chain_of_parametrizations(build: Callable[..., Any]) -> None:
+def test_a_chain_of_parametrizations(build: Callable[..., Any], value: float) -> None:
     module = build(lambda: nn.Linear(3, 4))
     for _ in range(2):
         register_parametrization(module, "weight", Doubled())
-    materialize_(module, {"*": 1.0})
-    assert (module.weight == 1).all()
-    assert (module.parametrizations.weight.original == 0.25).all()
+    materialize_(module, {"*": value})
+    assert (module.weight == value).all()
+    assert (module.parametrizations.weight.original == value / 4).all()
+
+
+def test_a_weight_in_real_memory_is_computed_where_it_is() -> None:
+    module = weight_norm(nn.Linear(3, 4))
+    with torch.device("meta"):
+        materialize_(module, {"*": 0.5})
+    torch.testing.assert_close(module.weight.detach(), torch.full((4, 3), 0.5))
 
 
 def test_a_parametrization_without_inverse_is_refused() -> None:
