@@ -153,10 +153,12 @@ def test_types_attributes_and_requires_grad_stay() -> None:
     module.weight = weight
     module.scale = nn.Buffer(torch.empty(2, device="meta"), persistent=False)
     module.counted = nn.Buffer(torch.empty(2, device="meta"))
+    module.register_buffer("learned", torch.empty(2, device="meta", requires_grad=True), persistent=False)
     materialize_(module, {"*": 0.5})
     assert type(module.weight) is Annotated
     assert module.weight.partition == "rows"
     assert not module.weight.requires_grad
+    assert module.learned.requires_grad
     assert isinstance(module.scale, nn.Buffer)
     assert set(module.state_dict()) == {"weight", "counted"}
     module.weight = nn.Parameter(torch.empty(1, device="meta"))
@@ -276,12 +278,14 @@ def test_the_memory_goes_with_the_module(run_python: Callable[..., str]) -> None
     assert int(run_python(code)) < 200  # one is 64 MiB
 
 
-def test_views_that_do_not_overlap_become_tensors_of_their_own() -> None:
+@pytest.mark.parametrize("order", [("rows", "columns", "none"), ("columns", "rows", "none")])
+def test_views_that_do_not_overlap_become_tensors_of_their_own(order: tuple[str, ...]) -> None:
     module: Any = nn.Module()
-    rows = torch.triu_indices(3, 3, device="meta")
-    module.register_buffer("rows", rows[0])
-    module.register_buffer("columns", rows[1])
-    materialize_(module, {"rows": 1, "columns": 2}, device="cpu")
+    rows, columns = torch.triu_indices(3, 3, device="meta")
+    views = {"rows": rows, "columns": columns, "none": rows[2:2]}
+    for name in order:
+        module.register_buffer(name, views[name])
+    materialize_(module, {"rows": 1, "columns": 2, "none": 3}, device="cpu")
     assert module.rows.tolist() == [1] * 6
     assert module.columns.tolist() == [2] * 6
 
