@@ -61,6 +61,11 @@ def in_part_of_the_same_memory() -> nn.Module:
     return buffers(memory[:20], memory[:5], memory[10:15])
 
 
+def whole_after_its_parts() -> nn.Module:
+    memory = torch.zeros(20)
+    return buffers(memory[:5], memory[10:15], memory)
+
+
 def fake() -> nn.Module:
     with FakeTensorMode():
         return nn.Linear(2, 2)
@@ -126,6 +131,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
         {"buffer2": 2.0, "*": 1.0},
         ValueError,
         "'buffer0', by the rule '*', and 'buffer2', by the rule 'buffer2', share memory; give both the same value",
+    ),
+    "one memory, the whole last": (
+        whole_after_its_parts,
+        {"buffer0": 2.0, "*": 1.0},
+        ValueError,
+        "'buffer0', by the rule 'buffer0', and 'buffer2', by the rule '*', share memory; give both the same value",
     ),
     "lazily negated": (
         lambda: buffer(torch.ones(3, dtype=torch.complex64).conj().imag),
