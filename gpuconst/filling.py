@@ -311,7 +311,7 @@ class FillPlan:
             eagerly(FillPlan.fill, self, stream=stream)
             return
         start = time.perf_counter()
-        for position in self._restricted:
+        for position in self._restricted.now():
             try:
                 check_writable(self._arrays[position])
             except RuntimeError as error:

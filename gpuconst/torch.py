@@ -345,10 +345,12 @@ def _check_tensors(tensors: Sequence[_Tensor]) -> None:
                 "make the module with plain tensors, under torch.device('meta')"
             )
         part = local_part(tensor)
+        if not part.numel():
+            continue
         start = part.storage_offset()
         stop = start + _reach(part)
         others = taken.setdefault(part.untyped_storage()._cdata, [])
-        for first, last, other in others if part.numel() else ():
+        for first, last, other in others:
             if start < last and first < stop:
                 raise ValueError(
                     f"{other!r} and {name!r} are different views of one storage, and would no longer be; register one "

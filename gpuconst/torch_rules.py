@@ -200,21 +200,40 @@ def mark_stretch_written(tensor: Any) -> None:
     sys.modules["torch"].autograd.graph.increment_version(tensor)
 
 
-def restricted(arrays: Sequence[Any]) -> list[int]:
-    """Return the index of a tensor that requires grad, and that of an inference tensor, where there are any.
+class Restricted(NamedTuple):
+    """The tensors among some arrays that `check_writable` refuses at times.
 
-    `check_writable` refuses the first while autograd records, and the second outside of inference mode. They
-    stand for all others of their kind: checking each would cost more than filling it.
-
-    Parameters
+    Attributes
     ----------
     arrays : sequence of array
-        There may be no tensor of either kind among them.
+        All of them.
+    grad : list of int
+        Indices of those that require grad, and so are refused while autograd records.
+    inference : list of int
+        Index of an inference tensor, which are all refused outside of inference mode; empty if there is none.
     """
+
+    arrays: Sequence[Any]
+    grad: list[int]
+    inference: list[int]
+
+    def now(self) -> list[int]:
+        """Return the index of one tensor of each kind that may be refused now.
+
+        It stands for the others: checking each would cost more than filling it. Any tensor can stop to require grad.
+        """
+        if not self.grad or not sys.modules["torch"].is_grad_enabled():
+            return self.inference
+        grad = (position for position in self.grad if self.arrays[position].requires_grad)
+        return [*itertools.islice(grad, 1), *self.inference]
+
+
+def restricted(arrays: Sequence[Any]) -> Restricted:
+    """Return the tensors that must not be written in every mode of torch."""
     tensors = [(position, arrays[position]) for position in tensor_positions(arrays)]
-    leaf = (position for position, x in tensors if x.requires_grad and has_memory(x))
+    grad = [position for position, x in tensors if x.requires_grad and has_memory(x)]
     inference = (position for position, x in tensors if x.is_inference() and has_memory(x))
-    return [*itertools.islice(leaf, 1), *itertools.islice(inference, 1)]
+    return Restricted(arrays, grad, list(itertools.islice(inference, 1)))
 
 
 def storages(tensors: Sequence[Any]) -> list[Any]:

@@ -73,9 +73,12 @@ class Computed(NamedTuple):
             raise ValueError(f"{self.kind} does not take the value: {error}") from error
         back = self.compute(*originals)
         # Half of the digits: as many as a sum over a long row may lose.
-        tolerance = torch.finfo(weight.dtype).eps ** 0.5 * float(weight.abs().max()) if weight.numel() else 0.0
-        if not torch.allclose(back, weight, rtol=0.0, atol=tolerance):
-            at = int((back - weight).abs().nan_to_num(torch.inf).argmax())
+        exact = not (weight.is_floating_point() or weight.is_complex())
+        digits = 0.0 if exact else torch.finfo(weight.dtype).eps ** 0.5
+        largest = float(weight.abs().nan_to_num(0.0, 0.0).max()) if weight.numel() else 0.0
+        wrong = ~torch.isclose(back, weight, rtol=0.0, atol=digits * largest, equal_nan=True)
+        if wrong.any():
+            at = int(wrong.flatten().int().argmax())
             raise ValueError(
                 f"{self.kind} cannot give that weight: {weight.flatten()[at].item()} would become "
                 f"{back.flatten()[at].item()}"

@@ -1,6 +1,7 @@
 """Weights that torch computes from other tensors, set by their own names: parametrizations, and the older hooks."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -158,6 +159,22 @@ def test_a_parametrization_that_has_no_such_value_is_refused() -> None:
     torch.testing.assert_close(module.weight @ module.weight.T, torch.eye(3), atol=1e-5, rtol=0)
 
 
+class Clamped(nn.Module):
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        return original.clamp(max=1.0)
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+class Shifted(nn.Module):
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        return original + 1
+
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight - 1
+
+
 class Rounded(nn.Module):
     def forward(self, original: torch.Tensor) -> torch.Tensor:
         return original.round(decimals=1)
@@ -174,6 +191,29 @@ def test_a_weight_that_would_be_a_little_off_is_refused(value: float, becomes: s
         materialize_(module, {"weight": value, "*": 0.0})
     materialize_(module, {"weight": 0.1, "*": 0.0})
     assert (module.weight == 0.1).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_no_number_everywhere(value: float) -> None:
+    module: Any = nn.Linear(3, 4)
+    register_parametrization(module, "weight", Doubled())
+    materialize_(module, {"weight": value, "*": 0.0})
+    torch.testing.assert_close(module.weight, torch.full((4, 3), value), equal_nan=True)
+
+
+def test_infinity_is_not_near_to_what_is_finite() -> None:
+    module = nn.Linear(3, 4)
+    register_parametrization(module, "weight", Clamped())
+    with pytest.raises(ValueError, match=r"Clamped cannot give that weight: inf would become 1\.0;"):
+        materialize_(module, {"weight": math.inf, "*": 0.0})
+
+
+def test_a_parametrized_weight_of_integers() -> None:
+    module: Any = nn.Module()
+    module.register_buffer("weight", torch.zeros(3, dtype=torch.int32))
+    register_parametrization(module, "weight", Shifted())
+    materialize_(module, {"weight": 7})
+    assert module.weight.tolist() == [7, 7, 7]
 
 
 def test_a_parametrized_weight_without_elements() -> None:

@@ -322,6 +322,19 @@ def test_what_requires_grad_is_filled_only_outside_of_autograd(view: Callable[[t
     assert (x == 5).all()
 
 
+def test_freezing_one_tensor_leaves_the_others_to_autograd() -> None:
+    frozen, x = (torch.ones(3, requires_grad=True) for _ in range(2))
+    with torch.no_grad():
+        plan = gpuconst.plan_fill([frozen, x], 2.0)
+    frozen.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"^xs\[1\]: the tensor requires grad"):
+        plan.fill()
+    assert x.tolist() == [1, 1, 1]
+    x.requires_grad_(False)
+    plan.fill()
+    assert x.tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_meta_tensor_that_may_not_be_written_holds_nothing_up(inference: bool) -> None:
     with torch.inference_mode(inference):
