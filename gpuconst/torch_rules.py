@@ -220,7 +220,7 @@ class Restricted(NamedTuple):
     def now(self) -> list[int]:
         """Return the index of one tensor of each kind that may be refused now.
 
-        It stands for the others: checking each would cost more than filling it. Any tensor can stop to require grad.
+        It stands for the others: checking each would cost more than filling it. A tensor can cease to require grad.
         """
         if not self.grad or not sys.modules["torch"].is_grad_enabled():
             return self.inference
