@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import sys
 import warnings
@@ -166,7 +167,6 @@ def _failed(why: str) -> dict[str, Any]:
 def print_probe() -> None:
     """Print what can be used, as the last line, of JSON; run in a process of its own, which it ends."""
     import json
-    import os
 
     print(json.dumps(_look()), flush=True)
     os._exit(0)  # what else is printed, or crashes, as Python ends is no part of the answer

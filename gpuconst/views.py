@@ -81,7 +81,7 @@ def view_of(x: Any) -> View:
     TypeError
         If `x` is none of these, or its dtype is not in the table.
     ValueError
-        If it describes memory that cannot exist.
+        If it describes memory that cannot exist, its memory is gone, or it is a JAX array on several devices.
     BufferError
         If it refuses to export its memory, or exports a copy.
     """
@@ -157,6 +157,8 @@ def shares_memory(a: Any, b: Any) -> bool:
     ------
     TypeError
         If one of them is not an array.
+    ValueError
+        If one of them has lost its memory, or is a JAX array on several devices.
     """
     first, second = view_of(a), view_of(b)
     if first.device != second.device:

@@ -95,7 +95,7 @@ class Lease:
         for stream in users:
             with contextlib.suppress(RuntimeError):
                 cuda_driver.order(stream, self._stream, self.index)
-        if self._by_stream:  # on the device that is current, where a pool does not see to it itself
+        if self._by_stream:  # some pools do it on whichever device is current
             with (
                 contextlib.suppress(RuntimeError),
                 cuda_driver.primary_context(self.index),

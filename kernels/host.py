@@ -26,6 +26,21 @@ from .host_memory import Map, reserve
 from .host_threads import share
 from .runs import TILE, Region
 
+__all__ = [
+    "allocate",
+    "carve",
+    "copy",
+    "current_index",
+    "fill",
+    "fill_stretch",
+    "full",
+    "hand_over",
+    "order",
+    "prepare",
+    "synchronize",
+    "why_not",
+]
+
 #: Runs of one length, up to the first of these in bytes, are scattered together if they are at least as many as the
 #: second: the setup costs as much as that many fills.
 LONGEST_SCATTERED, FEWEST_SCATTERED = 16 << 10, 4

@@ -8,6 +8,8 @@ import ctypes
 import gc
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -317,21 +319,27 @@ def test_memory_of_a_per_thread_default_stream_waits_for_its_consumers_on_any_th
     assert wait.startswith("cuStreamWaitEvent stream=(nil)")
 
 
-@on_cupy
-def test_memory_of_another_allocator_goes_back_on_a_stream_that_is_there() -> None:
-    """CuPy's stream-ordered memory knows its stream by a weak reference."""
-    freed = []
+@contextmanager
+def stream_ordered(look: Callable[[Any], None]) -> Iterator[None]:
+    """Have CuPy allocate memory that is looked at as it is freed; like CuPy's own, it refers weakly to its stream."""
 
     class Ordered(cupy.cuda.memory.BaseMemory):  # type: ignore[misc, name-defined]
         def __init__(self, nbytes: int) -> None:
             self.pooled = cupy.get_default_memory_pool().malloc(nbytes)
-            self.ptr, self.size, self.device_id = self.pooled.ptr, nbytes, 0
+            self.ptr, self.size, self.device_id = self.pooled.ptr, nbytes, cupy.cuda.runtime.getDevice()
             self.stream = weakref.ref(cupy.cuda.get_current_stream())
 
         def __del__(self) -> None:
-            freed.append(self.stream() is not None)
+            look(self)
 
     with cupy.cuda.using_allocator(lambda nbytes: cupy.cuda.MemoryPointer(Ordered(nbytes), 0)):
+        yield
+
+
+@on_cupy
+def test_memory_of_another_allocator_goes_back_on_a_stream_that_is_there() -> None:
+    freed = []
+    with stream_ordered(lambda memory: freed.append(memory.stream() is not None)):
         array = gpuconst.full(10, 1.0, device="cuda:0", stream=new_stream())
         for _ in range(100):
             gpuconst.full(10, 1.0, device="cuda:0", stream=new_stream())
@@ -342,18 +350,8 @@ def test_memory_of_another_allocator_goes_back_on_a_stream_that_is_there() -> No
 
 @on_cupy
 def test_memory_of_another_allocator_goes_back_on_its_own_device() -> None:
-    """CuPy's stream-ordered memory is freed on whichever device is current."""
     freed = []
-
-    class Ordered(cupy.cuda.memory.BaseMemory):  # type: ignore[misc, name-defined]
-        def __init__(self, nbytes: int) -> None:
-            self.pooled = cupy.get_default_memory_pool().malloc(nbytes)
-            self.ptr, self.size, self.device_id = self.pooled.ptr, nbytes, cupy.cuda.runtime.getDevice()
-
-        def __del__(self) -> None:
-            freed.append((self.device_id, cupy.cuda.runtime.getDevice()))
-
-    with cupy.cuda.using_allocator(lambda nbytes: cupy.cuda.MemoryPointer(Ordered(nbytes), 0)):
+    with stream_ordered(lambda memory: freed.append((memory.device_id, cupy.cuda.runtime.getDevice()))):
         arrays = [gpuconst.full(10, 1.0, device=f"cuda:{index}") for index in (0, 1)]
     del arrays
     gc.collect()
