@@ -81,12 +81,13 @@ class _Work:
 class _Helper:
     """The second thread: when woken, it takes part in the work that is on the desk."""
 
-    __slots__ = ("_asleep", "dismissed")
+    __slots__ = ("_alive", "_asleep", "_dismissed")
 
     def __init__(self) -> None:
-        self.dismissed = False
-        self._asleep = _thread.allocate_lock()
+        self._dismissed = False
+        self._asleep, self._alive = _thread.allocate_lock(), _thread.allocate_lock()
         self._asleep.acquire()
+        self._alive.acquire()
         # Not through `threading`, which would join it at exit, and wait for ever.
         _thread.start_new_thread(self._serve, ())
 
@@ -94,9 +95,15 @@ class _Helper:
         with contextlib.suppress(RuntimeError):  # it is awake already; a look first could be out of date
             self._asleep.release()
 
+    def dismiss(self) -> None:
+        """End the thread, and wait until it has ended; not for ever, since the interpreter may have stopped it."""
+        self._dismissed = True
+        self.wake()
+        self._alive.acquire(timeout=1)
+
     def _serve(self) -> None:
         avoided: tuple[set[int], int] = set(), -1
-        while not self.dismissed:
+        while not self._dismissed:
             self._asleep.acquire()
             work = _desk.get("work")
             if work is None:
@@ -109,6 +116,7 @@ class _Helper:
                     os.sched_setaffinity(0, work.cores - {work.core})
             work.help(self)
             del work
+        self._alive.release()
 
 
 #: The work for the helper, if there is any.
@@ -183,12 +191,11 @@ def _current_core() -> Callable[[], int]:
 
 
 def _dismiss() -> None:
-    """Make the helper end: a child has only the thread that forked, and Python warns if there were more."""
+    """End the helper: a child has only the thread that forked, and Python warns if there were more."""
     global _helper
     if _helper is not None and not _desk:
-        _helper.dismissed = True
-        _helper.wake()
-        _helper = None
+        helper, _helper = _helper, None
+        helper.dismiss()
 
 
 def _begin_anew() -> None:

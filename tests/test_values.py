@@ -236,7 +236,7 @@ def test_bytes_without_a_dtype() -> None:
         (object, "float32", TypeError, "of type type"),
         (np.datetime64("2020-01-01"), "int64", TypeError, "of type datetime64"),
         (np.timedelta64(5, "ns"), "int64", TypeError, "of type timedelta64"),
-        (np.timedelta64(5), None, TypeError, "of type timedelta64"),
+        (np.timedelta64(5, "ns"), None, TypeError, "of type timedelta64"),
         (np.array("1"), "float32", TypeError, "of type str_"),
         (np.ones(1), "float32", TypeError, "ndarray of shape (1,), expected a scalar"),
         (np.ones((2, 3)), None, TypeError, "ndarray of shape (2, 3), expected a scalar"),
