@@ -32,13 +32,15 @@ def snapshot(revision: str | None, folder: Path) -> Path:
     Raises
     ------
     ValueError
-        If git knows no such revision, or the revision lacks the package.
+        If git is not installed or knows no such revision, or the revision lacks the package.
     """
     folder.mkdir()
     if revision is None:
         for source in _SOURCES:
             shutil.copytree(ROOT / source, folder / source, ignore=shutil.ignore_patterns("__pycache__"))
     else:
+        if shutil.which("git") is None:
+            raise ValueError(f"git is not installed, and only git knows what {revision!r} is")
         done = subprocess.run(["git", "-C", str(ROOT), "archive", revision, *_SOURCES], capture_output=True)
         if done.returncode:
             raise ValueError(f"git has no {revision!r} to compare with: {done.stderr.decode().strip()}")

@@ -466,12 +466,18 @@ def test_command_compares_with_a_revision(tmp_path: Path) -> None:
     }
 
 
+def test_a_revision_needs_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="git is not installed"):
+        trees.snapshot("HEAD", tmp_path / "tree")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (["no_such_case"], 2, "the cases of the CPU are first_touch"),
         (["gpu_device"], 2, "no case gpu_device"),
-        (["fill", "--against", "no-such-revision"], 2, "no-such-revision"),
+        (["fill", "--against", "no-such-revision"], 2, "'no-such-revision'"),
         (["--gpu"], 1, "--gpu needs a GPU, and there is none to use: cupy: "),
     ],
 )

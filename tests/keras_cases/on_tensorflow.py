@@ -54,7 +54,8 @@ def test_autograph_leaves_the_code_of_gpuconst_alone() -> None:
         assert [tensor.numpy().tolist() for tensor in make()] == [[0.5] * 2, [1.5] * 2, [1.0] * 2]
     finally:
         logging.getLogger("tensorflow").removeHandler(handler)
-    assert not logged
+    # On Python 3.14, TensorFlow 2.22 can transform no function, not even this test's.
+    assert [message for message in logged if "<locals>.make" not in message] == []
 
 
 def test_the_value_policy_holds_while_tracing() -> None:
