@@ -454,7 +454,7 @@ class _Unwritten:
         storage = self._part.untyped_storage()
         length = min(len(self._MARK), storage.nbytes())
         self._first = torch.empty(0, dtype=torch.uint8, device=self._part.device).set_(storage, 0, (length,), (1,))
-        self._first.copy_(torch.tensor(self._MARK[:length], dtype=torch.uint8))
+        self._first.copy_(torch.tensor(self._MARK[:length], dtype=torch.uint8, device=self._part.device))
         self._was = self._state()
 
     def _state(self) -> tuple[int, int]:

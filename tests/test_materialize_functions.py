@@ -49,6 +49,13 @@ def test_functions_run_in_the_order_of_the_module() -> None:
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_default_device_is_not_that_of_the_module() -> None:
+    with torch.device("meta"):
+        module = materialize_(nn.Linear(2, 3), {"bias": nn.init.ones_, "*": 0.5}, device="cpu")
+    assert module.bias.tolist() == [1.0, 1.0, 1.0]
+    assert module.weight.device.type == "cpu"
+
+
 @pytest.mark.parametrize("module", [nn.Linear(2, 3), nn.BatchNorm1d(3), weight_norm(nn.Linear(2, 3)), nn.LSTM(2, 3)])
 def test_a_function_must_write_to_new_memory(module: nn.Module) -> None:
     module = module.to("meta")
