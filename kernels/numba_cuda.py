@@ -69,7 +69,7 @@ def _missing_package() -> str | None:
     from importlib.metadata import version
 
     core = version("cuda-core")
-    if tuple(map(int, core.split(".")[:2])) < OLDEST_CORE:
+    if tuple(map(int, re.findall(r"\d+", core)[:2])) < OLDEST_CORE:
         return f"cuda-core is {core}, needed is {'.'.join(map(str, OLDEST_CORE))}; {INSTALL}"
     return None
 

@@ -228,6 +228,17 @@ def test_a_release_that_is_too_old() -> None:
         gpuconst.full(3, 1.0, device="cuda")
 
 
+@on_standin(MISSING="cuda-core candidate", GPUCONST_BACKEND="numba")
+def test_a_release_candidate_is_not_too_old() -> None:
+    import importlib.metadata
+
+    version = importlib.metadata.version
+    importlib.metadata.version = lambda distribution_name: (
+        "1.3rc1" if distribution_name == "cuda-core" else version(distribution_name)
+    )
+    assert gpuconst.full(3, 1.0, device="cuda").backend == "numba"
+
+
 @on_standin(FORKS="yes")
 def test_forked_after_cuda_was_initialised() -> None:
     assert gpuconst.full(3, 1.0, device="cuda").device == "cuda:0"
