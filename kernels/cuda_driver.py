@@ -307,7 +307,6 @@ def copy(target: int, source: int, nbytes: int, index: int, stream: int) -> None
 
 #: Host arrays that a copy may still be reading, with the events that say when it is done.
 _copied_from: deque[tuple[ctypes.c_void_p, np.ndarray]] = deque()
-_copying = threading.Lock()
 
 
 def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
@@ -317,11 +316,16 @@ def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
     with primary_context(index), any_capture_mode():
         _check(cuda.cuMemcpyAsync(target, source.ctypes.data, source.nbytes, stream))
         # The driver stages pageable memory before it returns, but not if the GPU can read it directly.
-        event = _record(stream)
-        with _copying:
-            _copied_from.append((event, source))
-            while _copied_from and cuda.cuEventQuery(_copied_from[0][0]) == 0:
-                cuda.cuEventDestroy_v2(_copied_from.popleft()[0])
+        _copied_from.append((_record(stream), source))
+        while _copied_from:
+            try:
+                first = _copied_from.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if cuda.cuEventQuery(first[0]):
+                _copied_from.appendleft(first)
+                return
+            cuda.cuEventDestroy_v2(first[0])
 
 
 def order(first: int, then: int, index: int) -> None:

@@ -81,8 +81,7 @@ class Lease:
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         if finalizing():  # the memory will not be used again, and consumers' streams are gone
             return
-        if not self._given_back():
-            _kept.append(self)
+        _give_back_or_keep(self)
 
     def _given_back(self) -> bool:
         """Give the memory back, and return whether that was possible."""
@@ -117,7 +116,16 @@ def give_back() -> None:
             lease = _kept.popleft()
         except IndexError:  # another thread was faster
             return
-        if not lease._given_back():
+        _give_back_or_keep(lease)
+
+
+def _give_back_or_keep(lease: Lease) -> None:
+    """Give a lease back, or keep it if that is not possible yet, or was interrupted."""
+    given_back = False
+    try:
+        given_back = lease._given_back()
+    finally:
+        if not given_back:
             _kept.append(lease)
 
 

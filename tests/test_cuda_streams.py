@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from cuda_standin import (
@@ -24,6 +26,7 @@ from cuda_standin import (
 from lying_capsules import DLPackOnly
 
 import gpuconst
+from gpuconst.kernels import cuda_driver
 
 pytestmark = pytest.mark.needs("numba_cuda")
 
@@ -551,6 +554,52 @@ def test_what_is_kept_during_a_capture_is_given_back_once() -> None:
     gc.collect()
     assert not alive("m")
     assert len(calls("cuMemFreeAsync")) == 6
+
+
+@on_standin()
+@pytest.mark.parametrize("kept_before", [False, True])
+def test_an_interrupt_does_not_give_memory_back_before_its_user_is_done(kept_before: bool) -> None:
+    consumer, order = new_stream(), cuda_driver.order
+
+    def interrupt(first: int, then: int, index: int) -> None:
+        cuda_driver.order = order
+        raise KeyboardInterrupt
+
+    array = gpuconst.zeros(10, device="cuda")
+    array.__dlpack__(stream=consumer)
+    address = array.data_ptr()
+    with captured(consumer) if kept_before else nullcontext():
+        if not kept_before:
+            cuda_driver.order = interrupt
+        with patch.object(sys, "unraisablehook", lambda _: None):  # where interrupts in finalizers go
+            del array
+    if kept_before:
+        cuda_driver.order = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            gpuconst.zeros(10, device="cuda")
+    assert address in alive("m")
+    assert not calls("cuStreamWaitEvent")[1:]
+    gpuconst.zeros(10, device="cuda")
+    assert not alive("m")
+    assert calls("cuStreamWaitEvent")[1:]
+
+
+@on_standin()
+def test_a_signal_handler_may_make_a_plan_while_another_is_made() -> None:
+    arrays = [gpuconst.zeros(10, device="cuda") for _ in range(2)]
+    plans: list[gpuconst.FillPlan] = []
+    query = cuda_driver._library().cuEventQuery
+
+    def interrupted(event: Any) -> Any:
+        cuda_driver._library().cuEventQuery = query
+        plans.append(gpuconst.plan_fill(arrays, [3.0, 4.0]))  # as the handler of a signal that came just here would
+        return query(event)
+
+    cuda_driver._library().cuEventQuery = interrupted
+    plans.append(gpuconst.plan_fill(arrays, [1.0, 2.0]))
+    for plan, expected in zip(plans, [3.0, 1.0], strict=True):
+        plan.fill()
+        assert arrays[0].to_numpy()[0] == expected
 
 
 @on_standin()
