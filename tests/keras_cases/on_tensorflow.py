@@ -14,6 +14,8 @@ from keras_cases.weights import OURS, address, filled_addresses, inputs, sequent
 
 from gpuconst.keras import Constant, Ones, Zeros
 
+TESTS = Path(__file__).parents[1]
+
 
 @pytest.mark.parametrize("device", [None, "CPU:0"])
 def test_inside_a_function(device: str | None) -> None:
@@ -162,6 +164,27 @@ def test_device_scopes() -> None:
             weight = Constant(0.5)((8, 8))
         assert weight.device.endswith("device:CPU:0")
         assert address(weight) in filled
+
+
+IN_A_CLUSTER = """
+    import keras
+    import tensorflow as tf
+    from gpuconst.keras import Constant
+    from keras_cases.weights import filled_addresses
+
+    server = tf.distribute.Server.create_local_server()
+    tf.config.experimental_connect_to_host(server.target.removeprefix("grpc://"), "local")
+    for device in ("/job:local/task:0/device:CPU:0", "/job:localhost/task:0/device:CPU:0"):
+        with tf.device(device), filled_addresses() as filled:
+            weight = Constant(0.5)((3,))
+        print(weight.device, weight.numpy().tolist(), len(filled))
+"""
+
+
+def test_another_machine_fills_its_own_memory(run_python: functools.partial[str]) -> None:
+    there, here = run_python(IN_A_CLUSTER, KERAS_BACKEND="tensorflow", PYTHONPATH=str(TESTS)).splitlines()
+    assert there == "/job:local/replica:0/task:0/device:CPU:0 [0.5, 0.5, 0.5] 0"
+    assert here == "/job:localhost/replica:0/task:0/device:CPU:0 [0.5, 0.5, 0.5] 1"
 
 
 def test_jit_compiled() -> None:
