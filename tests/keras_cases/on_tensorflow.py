@@ -85,6 +85,14 @@ def test_a_shape_that_the_graph_knows(initializer: Constant) -> None:
         assert made.numpy().tolist() == [[0.5] * 3] * 2
 
 
+def test_the_dtype_holds_for_a_shape_that_the_graph_knows() -> None:
+    @tf.function(input_signature=[tf.TensorSpec([None, 3])])  # type: ignore[untyped-decorator, unused-ignore]
+    def make(x: tf.Tensor) -> tf.Tensor:
+        return Ones()(tf.shape(x), "int32")
+
+    assert make(tf.ones((2, 3))).dtype == tf.int32
+
+
 def test_a_shape_that_nobody_knows() -> None:
     with pytest.raises(ValueError, match="partially known TensorShape"):
         Constant(0.5)(tf.TensorShape([None, 3]))
