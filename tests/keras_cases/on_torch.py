@@ -55,6 +55,12 @@ def test_dynamo(fullgraph: bool) -> None:
     assert use(torch.ones(3)).tolist() == [[3.5, 4.5, 5.5]] * 2
 
 
+def test_dynamo_keeps_the_dtype() -> None:
+    made: Any = torch.compile(lambda: Constant(3)((2,), "int8"), backend="eager")()
+    assert made.dtype == torch.int8
+    assert made.tolist() == [3, 3]
+
+
 def test_export() -> None:
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> Any:
