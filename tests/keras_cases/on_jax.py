@@ -34,6 +34,18 @@ def test_a_traced_value() -> None:
     assert jax.grad(lambda x: Constant(x)((2, 3)).sum())(0.5) == 6
 
 
+def test_a_traced_value_equals_only_itself() -> None:
+    seen = []
+
+    def function(x: Any) -> Any:
+        made = Constant(x)
+        seen.extend([made == Constant(x), made == Constant(0.5), Constant(0.5) == made])
+        return x
+
+    jax.jit(function)(0.5)
+    assert seen == [True, False, False]
+
+
 def test_the_value_policy_holds_while_tracing() -> None:
     with pytest.raises(OverflowError, match="300 does not fit int8"):
         jax.jit(lambda: Constant(300)((2,), "int8"))()
