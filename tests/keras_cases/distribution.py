@@ -103,6 +103,13 @@ def test_without_a_distribution_weights_go_where_the_inputs_are() -> None:
     assert dense(inputs).sharding.num_devices == 8
 
 
+def test_under_a_mesh_of_jax() -> None:
+    with jax.set_mesh(jax.make_mesh((8,), ("batch",))):
+        ours, theirs = Constant(0.5)(SMALL), stock.Constant(0.5)(SMALL)
+    assert ours.sharding == theirs.sharding
+    assert (ours == 0.5).all()
+
+
 @pytest.mark.parametrize("scope", [lambda: jax.default_device(jax.devices()[3]), lambda: keras.device("cpu:3")])
 def test_on_another_device(scope: Callable[[], Any]) -> None:
     with scope(), filled_addresses() as filled:
