@@ -84,6 +84,7 @@ def test_sequences_are_saved_as_lists(value: Any) -> None:
     config = json.loads(json.dumps(Constant(value).get_config()))
     assert config == {"value": [[1, 2], [3, 4]]}
     assert Constant.from_config(config) == Constant(value)
+    assert hash(Constant.from_config(config)) == hash(Constant(value))
 
 
 def test_a_list_of_long_arrays_is_compared_in_full() -> None:
