@@ -44,6 +44,14 @@ def test_every_dtype_and_size(dtype: str, shape: tuple[int, ...]) -> None:
     assert (as_numpy(variable.value) == 3).all()
 
 
+@pytest.mark.parametrize("shape", [6400, [100, 64], (np.int64(100), 64), np.array([100, 64])], ids=repr)
+def test_every_kind_of_shape(shape: Any) -> None:
+    with filled_addresses() as filled:
+        weight = Constant(0.5)(shape)
+    assert address(weight) in filled
+    assert (as_numpy(weight) == 0.5).all()
+
+
 # To torch "cpu:0" is another device than the "cpu" of every tensor: Keras copies all its variables there.
 @pytest.mark.parametrize("name", ["cpu"] if BACKEND == "torch" else ["cpu", "cpu:0"])
 def test_in_a_device_scope(name: str) -> None:
