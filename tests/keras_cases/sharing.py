@@ -132,6 +132,20 @@ def test_an_unreachable_device_is_left_to_keras_with_one_warning(monkeypatch: py
     assert [as_numpy(weight).ravel()[0] for weight in weights] == [0.5, 0, 1, 2]
 
 
+@pytest.mark.usefixtures("_warns_anew")
+def test_another_reason_is_told_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = iter([DeviceUnavailableError("no driver"), MemoryError("no room"), MemoryError("no room again")])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise next(reasons)
+
+    monkeypatch.setattr(gpuconst.keras, "full", refuse)
+    with pytest.warns(RuntimeWarning, match="could not fill a weight") as caught:
+        weights = [Zeros()((2,)) for _ in range(3)]
+    assert not any(as_numpy(weight).any() for weight in weights)
+    assert [str(warning.message).rpartition(": ")[2] for warning in caught] == ["no driver", "no room"]
+
+
 # The heap is grown and freed again, and the address space then closed around it: Keras finds its memory
 # in the heap, gpuconst asks the kernel for pages of its own and gets none.
 NO_MEMORY = """
