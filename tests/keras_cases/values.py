@@ -189,6 +189,12 @@ def test_shapes_that_are_none(initializer: Any, shape: Any, error: type[Exceptio
         initializer(shape)
 
 
+@pytest.mark.parametrize("shape", ["23", b"23"])
+def test_text_is_no_shape(shape: Any) -> None:
+    with pytest.raises(TypeError, match="a shape is an int or a sequence of ints"):
+        Constant(0.5)(shape)
+
+
 def test_a_dtype_that_is_none() -> None:
     with pytest.raises(ValueError, match="float33"):
         Constant(0.5)((2,), "float33")
