@@ -176,6 +176,28 @@ def test_without_keras_its_names_say_what_to_install(name: str, run_python: Call
     assert "gpuconst.full" in message
 
 
+@pytest.mark.needs("keras", "jax")
+@pytest.mark.parametrize(
+    ("name", "missing", "message"),
+    [("Constant", "jax", "No module named 'jax'"), ("jax", "jaxlib", "jax requires jaxlib to be installed")],
+)
+def test_what_a_framework_lacks_is_not_taken_for_the_framework(
+    name: str, missing: str, message: str, run_python: Callable[..., str]
+) -> None:
+    code = f"""
+        import sys
+        sys.path.insert(0, "tests")
+        import without
+        without.hide("{missing}")
+        import gpuconst
+        try:
+            gpuconst.{name}
+        except ImportError as error:
+            print(error)
+    """
+    assert run_python(code, KERAS_BACKEND="jax").startswith(message)
+
+
 @pytest.mark.needs("keras")
 def test_keras_names_are_those_of_the_adapter(run_python: Callable[..., str]) -> None:
     code = """
