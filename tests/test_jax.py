@@ -273,6 +273,7 @@ def test_it_pickles_and_is_equal_by_value(value: Any) -> None:
 
 def test_what_is_not_equal() -> None:
     values = [0.0, -0.0, 1, True, jnp.array(True), 1.0, np.zeros(3), np.zeros(2), np.zeros(3, "int32"), np.ones(3)]
+    values += [np.zeros(3, "int64"), np.zeros((3, 1)), -np.zeros(3)]  # the bytes, the shape, the numbers of another
     made = [constant(value) for value in values]
     assert [[a == b for b in made] for a in made] == np.eye(len(values), dtype=bool).tolist()
 
