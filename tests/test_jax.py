@@ -278,6 +278,12 @@ def test_what_is_not_equal() -> None:
     assert [[a == b for b in made] for a in made] == np.eye(len(values), dtype=bool).tolist()
 
 
+def test_arrays_of_both_libraries_are_equal_and_so_are_their_hashes() -> None:
+    ours, theirs = constant(np.array([1, 2], "float32")), constant(jnp.array([1.0, 2.0]))
+    assert ours == theirs
+    assert hash(ours) == hash(theirs)
+
+
 def test_a_traced_value_equals_only_itself() -> None:
     seen = []
 
