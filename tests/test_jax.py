@@ -55,10 +55,15 @@ def test_values_are_what_jax_makes_of_them(value: Any, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), [2, 3], (np.int64(2), 3), (1 << 20,)])
-def test_shapes(shape: Any) -> None:
+def test_shapes(shape: Any, addresses: Callable[[], list[int]]) -> None:
     made = constant(0.5)(None, shape)
+    assert addresses() == [made.unsafe_buffer_pointer()]
     assert made.shape == tuple(shape)
     assert (made == 0.5).all()
+
+
+def test_a_length_for_a_shape_is_jaxs_to_read() -> None:
+    assert constant(0.5)(None, 3).tolist() == jax.nn.initializers.constant(0.5)(jax.random.key(0), 3).tolist()
 
 
 def test_the_dtype_of_the_initializer_is_for_calls_without_one() -> None:
