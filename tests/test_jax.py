@@ -303,6 +303,7 @@ def test_a_traced_value_equals_only_itself() -> None:
 def test_repr() -> None:
     assert repr(constant(0.5)) == "gpuconst.jax.constant(0.5)"
     assert repr(constant(np.float32(0.5), jnp.bfloat16)) == "gpuconst.jax.constant(0.5, dtype='bfloat16')"
+    assert repr(constant(1, "int64")) == "gpuconst.jax.constant(1, dtype='int64')"  # which NumPy calls equal to int
 
 
 # What does not fit is refused, in every context.
