@@ -115,6 +115,11 @@ def test_what_the_32_bits_cannot_hold_is_refused(value: Any, name: str) -> None:
         assert make().tolist() == [value] * 3
 
 
+def test_what_64_bits_cannot_hold_either_is_not_told_to_enable_them() -> None:
+    with pytest.raises(OverflowError, match=r"does not fit int64 \("):
+        constant(2**70)(None, (3,), "int64")
+
+
 # Memory.
 
 
