@@ -45,6 +45,15 @@ def test_pitched_rows_of_one_length_are_filled_to_the_last() -> None:
         assert not x[:, 1000:].any()
 
 
+def test_megabytes_of_short_arrays_leave_no_longer_one_out() -> None:
+    values = np.arange(600) % 251
+    short = np.zeros((600, 20_000), np.uint8)[:, : 16 << 10]  # more than one thread fills alone
+    longer = [np.zeros(nbytes, np.uint8) for nbytes in (100 << 10, 3 << 20)]
+    gpuconst.plan_fill([*short, *longer], [*values, 7, 8]).fill()
+    assert (short == values[:, None]).all()
+    assert all((x == value).all() for x, value in zip(longer, (7, 8), strict=True))
+
+
 def test_later_changes_of_the_lists_do_not_matter() -> None:
     arrays, values = [torch.zeros(3), torch.zeros(3)], [1, 2]
     plan = gpuconst.plan_fill(arrays, values)
