@@ -94,6 +94,14 @@ def test_zeros_and_ones() -> None:
     assert ones.to_numpy().tolist() == np.ones((2, 3)).tolist()
 
 
+@pytest.mark.parametrize("make", [gpuconst.zeros, gpuconst.ones])
+def test_zeros_and_ones_are_made_where_they_are_asked_for(make: Callable[..., gpuconst.Array]) -> None:
+    with pytest.raises(ValueError, match="unknown device 'tpu'"):
+        make(1, device="tpu")
+    with pytest.raises(ValueError, match="stream=0 was given"):
+        make(1, device="cpu", stream=0)
+
+
 def test_what_an_array_says_of_itself() -> None:
     array = full((2, 3), 0.1, dtype="bfloat16")
     assert repr(array) == "gpuconst.Array(shape=(2, 3), dtype=bfloat16, device='cpu', backend='numpy')"
