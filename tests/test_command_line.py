@@ -199,6 +199,7 @@ def test_a_backend_that_is_none() -> None:
 def test_a_keras_backend_that_is_none() -> None:
     line = _failed_with_one_line(_gpuconst("demo", KERAS_BACKEND="theano"))
     assert "theano" in line
+    assert "gpuconst[" not in line  # Keras' own words: there is no such extra
 
 
 @needs_no_gpu
