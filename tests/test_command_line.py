@@ -188,6 +188,13 @@ def test_demo_takes_the_backend_of_the_environment_and_a_value() -> None:
     assert done.stdout.count("shares the memory that gpuconst's") == 4
 
 
+@pytest.mark.needs("keras", "jax")
+def test_demo_takes_the_first_backend_that_is_installed() -> None:
+    done = _gpuconst_without(["tensorflow"], "demo")
+    assert done.returncode == 0, done.stderr
+    assert "weights of Keras' jax backend:" in done.stdout
+
+
 def test_a_backend_that_is_none() -> None:
     done = _gpuconst("demo", "--backend", "theano")
     assert done.returncode == 2
