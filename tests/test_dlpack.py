@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -140,7 +141,8 @@ def test_no_copy_where_none_is_needed(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dl_device", [(2, 0), (10, 0), (1, 1)])
 @pytest.mark.parametrize("copy", [None, True, False])
 def test_a_device_it_cannot_go_to(dl_device: tuple[int, int], copy: bool | None) -> None:
-    with pytest.raises(BufferError, match=rf"from DLPack device \(1, 0\) to \({dl_device[0]}, {dl_device[1]}\)"):
+    words = f"from DLPack device (1, 0) to {dl_device}; only to (1, 0)"
+    with pytest.raises(BufferError, match=f"{re.escape(words)}$"):
         full(1, 1).__dlpack__(dl_device=dl_device, copy=copy)
 
 
