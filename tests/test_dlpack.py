@@ -130,7 +130,9 @@ def test_a_copy_that_is_asked_for(
         assert versioned(capsule).flags == IS_COPIED
 
 
-@pytest.mark.parametrize("arguments", [{"copy": False}, {"dl_device": (1, 0)}, {"dl_device": (1, 0), "copy": False}])
+@pytest.mark.parametrize(
+    "arguments", [{"copy": False}, {"dl_device": (1, 0)}, {"dl_device": [1, 0]}, {"dl_device": (1, 0), "copy": False}]
+)
 def test_no_copy_where_none_is_needed(arguments: dict[str, Any]) -> None:
     array = full(5, 1, dtype="bfloat16")
     capsule = array.__dlpack__(max_version=(1, 0), **arguments)
