@@ -117,6 +117,13 @@ def test_it_can_be_iterated_over() -> None:
         iter(full((), 1.5))
 
 
+def test_rows_are_views() -> None:
+    array = full((2, 3), 1.0)
+    for value, row in enumerate(array):
+        row[...] = value
+    assert array.to_numpy().tolist() == [[0] * 3, [1] * 3]
+
+
 def test_it_has_no_truth_value() -> None:
     for shape in [(), (0,), (3,)]:
         with pytest.raises(TypeError, match="an Array has no truth value"):
