@@ -1,9 +1,11 @@
 """New memory on the CPU: what is in it, where it lies, how long it lives, and who else has it."""
 
+import copy
 import doctest
 import gc
 import itertools
 import os
+import pickle
 import random
 import sys
 import threading
@@ -122,6 +124,13 @@ def test_rows_are_views() -> None:
     for value, row in enumerate(array):
         row[...] = value
     assert array.to_numpy().tolist() == [[0] * 3, [1] * 3]
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_it_is_not_copied(duplicate: Callable[[gpuconst.Array], object]) -> None:
+    words = r"Array\(shape=\(3,\), .*\) cannot be copied or pickled; pickle to_numpy\(\), or fill anew"
+    with pytest.raises(TypeError, match=words):
+        duplicate(full(3, 1.5))
 
 
 def test_it_has_no_truth_value() -> None:
