@@ -77,11 +77,13 @@ def test_the_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"gpuconst {importlib.metadata.version('gpuconst')}\n")
 
 
-def test_a_reader_that_has_gone_is_no_error_to_speak_of() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_error_to_speak_of(unbuffered: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-P", "-m", "gpuconst", "info"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # whether it is found in print or when Python exits
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, text=True, timeout=120)
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")
 
