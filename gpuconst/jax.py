@@ -106,8 +106,11 @@ class constant:
                 encode(self.value, row)
             else:
                 check_narrowed(self.value, asked)
+        value = self.value
+        if isinstance(value, complex) and value.imag == 0 and not jax.dtypes.issubdtype(asked, np.complexfloating):
+            value = value.real  # JAX takes no complex number for a real dtype
         shard = {} if out_sharding is None else {"out_sharding": out_sharding}
-        return jax.nn.initializers.constant(self.value)(key, shape, asked, **shard)
+        return jax.nn.initializers.constant(value)(key, shape, asked, **shard)
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other) or self.dtype != other.dtype:

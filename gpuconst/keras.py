@@ -169,6 +169,8 @@ class Ones(_Fixed, keras.initializers.Ones):  # type: ignore[misc]
 
 def _constant(value: Any, shape: Any, dtype: Any) -> Any:
     dtype = keras.backend.standardize_dtype(dtype)
+    if isinstance(value, complex | np.complexfloating) and value.imag == 0 and not dtype.startswith("complex"):
+        value = value.real  # frameworks take no complex number for a real dtype
     if _dynamo_compiles():
         return keras.initializers.Constant(value)(shape, dtype)
     is_scalar = is_number(value)
@@ -191,7 +193,7 @@ def _constant(value: Any, shape: Any, dtype: Any) -> Any:
     # As a Python number: not every backend's full handles NumPy and ml_dtypes scalars correctly.
     # As a float for float dtypes: TensorFlow makes a float8 of nothing else.
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
-    return keras.ops.full(lengths, float(number.real) if "float" in dtype else number, dtype=dtype)
+    return keras.ops.full(lengths, float(number) if "float" in dtype else number, dtype=dtype)
 
 
 # As `full`, for TensorFlow's AutoGraph.

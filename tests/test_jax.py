@@ -54,6 +54,16 @@ def test_values_are_what_jax_makes_of_them(value: Any, dtype: Any) -> None:
     assert np.asarray(made).tobytes() == np.asarray(expected).tobytes()
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
+@pytest.mark.parametrize("dtype", [None, "int32", "int64", jnp.bfloat16, jnp.complex64, float])
+def test_a_complex_number_without_an_imaginary_part(dtype: Any) -> None:
+    def make() -> jax.Array:
+        return constant(3 + 0j)(None, (2,), dtype)
+
+    assert jax.jit(make)().tolist() == make().tolist() == [3, 3]
+    assert jax.jit(make)().dtype == make().dtype
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), [2, 3], (np.int64(2), 3), (1 << 20,)])
 def test_shapes(shape: Any, addresses: Callable[[], list[int]]) -> None:
     made = constant(0.5)(None, shape)

@@ -40,6 +40,16 @@ def test_fake_tensors(value: object) -> None:
     assert not filled
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float16", "complex64"])
+def test_a_complex_number_without_an_imaginary_part_while_tracing(dtype: str) -> None:
+    def make() -> Any:
+        return Constant(3 + 0j)((2,), dtype)
+
+    with FakeTensorMode():
+        assert make().dtype == getattr(torch, dtype)
+    assert torch.compile(make, backend="eager")().tolist() == make().tolist() == [3, 3]
+
+
 def test_torch_meta_device_is_not_that_of_keras() -> None:
     # Keras names its device in every call, so that torch's default has no say; stock weights are the same.
     with torch.device("meta"):
