@@ -174,7 +174,7 @@ def _select(device: str | None) -> Place:
             reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     asked = f"device {device!r}" if device is not None else f"{VARIABLE}={forced}"
-    way_out = "; device='cpu' works everywhere" if device is not None else f"; unset {VARIABLE} to choose among all"
+    way_out = "; the CPU works everywhere" if device is not None else f"; unset {VARIABLE} to choose among all"
     raise DeviceUnavailableError(f"{asked} cannot be used: {listed}{way_out}")
 
 

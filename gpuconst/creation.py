@@ -179,15 +179,15 @@ def full_many(specs: Mapping[str, tuple[Any, Any, Any]], *, device: Any = None, 
     place = select(device)
     handle = stream_handle(stream, place)
     if place.device == "cpu" and len(names) <= FEW:
-        filled = _filled_in_turn(names, shapes, values, rows, place)
+        filled, launches = _filled_in_turn(names, shapes, values, rows, place), len(names)
     else:
-        filled = _filled_at_once(names, shapes, values, rows, place, handle)
+        filled, launches = _filled_at_once(names, shapes, values, rows, place, handle), 1
     used_on = repeat(on_any_thread(handle))
     arrays = map(Array, repeat(filled.memory), filled.addresses, filled.shapes, rows, repeat(place), used_on)
     made: dict[str, Any] = dict(specs)  # already full size, where a new dict would grow step by step
     made.update(zip(names, arrays, strict=True))
     seconds = time.perf_counter() - start
-    debug("filled %d arrays, %d bytes, in 1 launch; took %.6f s", len(made), filled.nbytes, seconds)
+    debug("filled %d arrays, %d bytes, in %d launches; took %.6f s", len(made), filled.nbytes, launches, seconds)
     return made
 
 

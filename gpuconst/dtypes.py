@@ -143,7 +143,8 @@ def _resolve_foreign(dtype: Any) -> DType:
     try:
         return _ALIASES[found]
     except (KeyError, TypeError):
-        raise TypeError(f"unknown dtype {brief(dtype)}; {_hint(found)}the dtypes are {', '.join(DTYPES)}") from None
+        given = found if isinstance(found, np.dtype) else dtype
+        raise TypeError(f"unknown dtype {brief(dtype)}; {_hint(given)}the dtypes are {', '.join(DTYPES)}") from None
 
 
 def _hint(dtype: Any) -> str:

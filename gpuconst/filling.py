@@ -190,7 +190,7 @@ def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> Non
     start = time.perf_counter()
     arrays, values = each_with_value(xs, fill_values)
     if stream is None and _filled_in_turn(arrays, repeat(fill_values) if values is None else values):
-        _log_done("filled", len(arrays), sum(x.nbytes for x in arrays), 1, start)
+        _log_done("filled", len(arrays), sum(x.nbytes for x in arrays), len(arrays), start)
         return
     steps = _prepared(arrays, fill_values, values, stream)
     _fill(steps, stream, _tensors(arrays))
@@ -272,7 +272,7 @@ class FillPlan:
     that belongs to something else, or crashes.
     """
 
-    __slots__ = ("_arrays", "_extents", "_nbytes", "_restricted", "_steps", "_storages", "_tensors")
+    __slots__ = ("__weakref__", "_arrays", "_extents", "_nbytes", "_restricted", "_steps", "_storages", "_tensors")
 
     def __init__(self, xs: Iterable[Any], fill_values: Any) -> None:
         start = time.perf_counter()
@@ -436,6 +436,6 @@ def _tensors(arrays: Sequence[Any]) -> list[Any]:
     return list(arrays) if len(positions) == len(arrays) else [arrays[position] for position in positions]
 
 
-def _log_done(what: str, arrays: int, nbytes: int, batches: int, start: float) -> None:
+def _log_done(what: str, arrays: int, nbytes: int, launches: int, start: float) -> None:
     seconds = time.perf_counter() - start
-    debug("%s %d arrays, %d bytes, in %d batches; took %.6f s", what, arrays, nbytes, batches, seconds)
+    debug("%s %d arrays, %d bytes, in %d launches; took %.6f s", what, arrays, nbytes, launches, seconds)

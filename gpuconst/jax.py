@@ -94,20 +94,19 @@ class constant:
         jax.Array
         """
         asked = self.dtype if dtype is None else dtype
-        row = None
         if _is_scalar(self.value):
             row = _row(asked)
-            device = cpu_device() if row is not None and out_sharding is None and _is_plain(shape) else None
-            if row is not None and device is not None:
-                array = full(shape, self.value, dtype=row.name, device="cpu")
-                debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
-                return as_jax(array.to_numpy(), device)
-            if row is not None:
-                encode(self.value, row)
-            else:
+            if row is None:
                 check_narrowed(self.value, asked)
+            else:
+                device = cpu_device() if out_sharding is None and _is_plain(shape) else None
+                if device is not None:
+                    array = full(shape, self.value, dtype=row.name, device="cpu")
+                    debug("array filled by %s on cpu at %#x", array.backend, array.data_ptr())
+                    return as_jax(array.to_numpy(), device)
+                encode(self.value, row)
         value = self.value
-        if isinstance(value, complex) and value.imag == 0 and not jax.dtypes.issubdtype(asked, np.complexfloating):
+        if isinstance(value, complex) and value.imag == 0 and not jax.numpy.issubdtype(asked, np.complexfloating):
             value = value.real  # JAX takes no complex number for a real dtype
         shard = {} if out_sharding is None else {"out_sharding": out_sharding}
         return jax.nn.initializers.constant(value)(key, shape, asked, **shard)

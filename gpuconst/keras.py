@@ -44,7 +44,7 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
     device where Keras would have put it, at half the peak memory of ``keras.initializers.Constant``.
     The backend's own ``full`` is used where Keras is tracing or there is no memory to fill (``jit``,
     graphs, meta tensors), or where gpuconst cannot reach the device, which a warning then reports once.
-    On the NumPy and OpenVINO backends, Keras copies what any initializer returns.
+    So it is on the NumPy and OpenVINO backends, where Keras copies what any initializer returns.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
         if "value" not in config:
             return cls()
         value = config["value"]
-        if isinstance(value, dict) and set(value) == {"complex"}:
+        if isinstance(value, dict) and "complex" in value:
             return cls(complex(*value["complex"]))
         return cls(keras.saving.deserialize_keras_object(value))
 
@@ -236,8 +236,7 @@ def _warn_once(error: Exception) -> None:
 def _from_array(value: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Return a copy of values given as an array: a weight must not alias its caller's array."""
     given = keras.ops.convert_to_tensor(value, dtype=dtype)
-    if keras.backend.standardize_dtype(given.dtype) != dtype:  # on torch, Keras leaves a bfloat16 array what it is
-        given = keras.ops.cast(given, dtype)
+    given = keras.ops.cast(given, dtype)  # on torch, Keras has left a bfloat16 array what it is
     try:
         fits = np.broadcast_shapes(tuple(given.shape), shape) == shape
     except ValueError:
@@ -270,7 +269,7 @@ def _make_tensorflow(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
 
 def _tensorflow_device(name: str) -> str | None:
     job, _, device = name.rpartition("/device:")
-    if "/job:" in job and "/job:localhost" not in job:  # another machine of a cluster
+    if "/job:localhost" not in job:  # another machine of a cluster
         return None
     kind, _, index = device.partition(":")
     return {"CPU": "cpu", "GPU": f"cuda:{index}"}.get(kind)
@@ -313,10 +312,6 @@ def _make_torch(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
     return _filled(shape, value, probe.dtype, "cpu").to_torch()
 
 
-def _make_numpy(shape: tuple[int, ...], value: Any, dtype: str) -> Any:
-    return _filled(shape, value, dtype, "cpu").to_numpy()
-
-
 def _filled(shape: tuple[int, ...], value: Any, dtype: Any, device: str) -> Array:
     array = full(shape, value, dtype=dtype, device=device)
     debug(FILLED, array.backend, array.device, array.data_ptr())
@@ -325,7 +320,6 @@ def _filled(shape: tuple[int, ...], value: Any, dtype: Any, device: str) -> Arra
 
 _MAKERS: dict[str, Callable[[tuple[int, ...], Any, str], Any]] = {
     "jax": _make_jax,
-    "numpy": _make_numpy,
     "tensorflow": _make_tensorflow,
     "torch": _make_torch,
 }

@@ -110,6 +110,8 @@ def local_part(tensor: Any) -> Any:
 
 def keeps_data_elsewhere(tensor: Any) -> bool:
     """Whether a tensor is of a subclass that keeps its data in other tensors, as a DTensor does."""
+    if type(tensor) in _plain_types():
+        return False
     return type(tensor).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__
 
 
@@ -130,12 +132,14 @@ def check_writable(tensor: Any) -> None:
         If it has no shape yet, or is a lazily negated or conjugated view, in which the constant would read
         back changed.
     TypeError
-        If it is not a dense tensor, or is of a subclass that keeps its data elsewhere.
+        If it is not a dense tensor, or is being transformed by torch.func.
     """
     torch = sys.modules["torch"]
 
     if torch.nn.parameter.is_lazy(tensor):
         raise ValueError("the parameter has no shape yet; call its module once, then fill it")
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError("the tensor is being transformed (vmap, grad) and has no memory; use torch.full_like")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             "the tensor requires grad and autograd is recording: an in-place fill would give it a wrong gradient; "
@@ -149,10 +153,6 @@ def check_writable(tensor: Any) -> None:
         if tensor.layout is torch.sparse_coo and not tensor.is_coalesced():
             way_out = "make it x = x.coalesce(), and fill its values()"
         raise TypeError(f"the tensor's layout is {tensor.layout}, expected torch.strided; {way_out}")
-    if type(tensor) not in _plain_types() and keeps_data_elsewhere(tensor):
-        raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; fill those")
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        raise TypeError("the tensor is being transformed (vmap, grad) and has no memory; use torch.full_like")
     in_forward_mode = torch.autograd.forward_ad._current_level >= 0
     if in_forward_mode and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
         raise RuntimeError("the tensor has a forward-mode tangent, which a raw write would not zero; use x.fill_()")

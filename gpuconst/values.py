@@ -100,8 +100,9 @@ def _dimensions(shape: Any) -> tuple[int, ...]:
     if not getattr(shape, "ndim", 0):  # a one-element tensor has an index, whatever its dimensions
         try:
             return (operator.index(shape),)
-        except TypeError:
-            pass
+        except TypeError as error:
+            if type(error) is not TypeError:  # JAX's own error says best what is wrong with a traced length
+                raise
     try:
         lengths = list(shape)
     except TypeError:
@@ -114,7 +115,7 @@ def _dimension(length: Any, shape: Any) -> int:
         try:
             return operator.index(length)
         except TypeError as error:
-            if type(error) is not TypeError:  # JAX's own error says best what is wrong with a traced length
+            if type(error) is not TypeError:
                 raise
     raise TypeError(f"a dimension of a shape is an int, not {brief(length)} (in {brief(shape)})")
 

@@ -20,7 +20,7 @@ from .dlpack import CPU, CUDA, IS_COPIED, READ_ONLY, Tensor, read_capsule
 from .dtypes import DType, dtype_from_dlpack, resolve_dtype
 from .kernels import cuda_driver
 from .kernels.runs import contiguous_strides
-from .torch_rules import Columns, are_plain, has_memory, is_tensor, local_part
+from .torch_rules import Columns, are_plain, has_memory, is_tensor, keeps_data_elsewhere, local_part
 
 __all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory", "view_of"]
 
@@ -251,6 +251,8 @@ def _read_scalar(x: Any) -> View:
 
 def _read_torch(x: Any) -> View:
     tensor = local_part(x)
+    if keeps_data_elsewhere(tensor):
+        raise TypeError(f"{type(tensor).__name__} keeps its data in other tensors; take those")
     if not (tensor.is_cpu or tensor.is_cuda):
         raise TypeError(f"the tensor is on {tensor.device}, expected a CPU or CUDA tensor")
     try:

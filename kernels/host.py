@@ -207,10 +207,10 @@ def _of_one_length(runs: np.ndarray) -> list[_Scatter]:
     memory = np.ndarray((2**62 // nbytes, nbytes // unit), dtype, MEMORY, 0, (1, unit))
     addresses = runs["address"].astype(np.int64)
     tiles = np.stack([runs["tile_low"], runs["tile_high"]], axis=1).view(np.uint8)
-    if (addresses % TILE).any():
+    if (addresses % unit).any():
         tiles = np.take_along_axis(tiles, (addresses[:, None] + np.arange(TILE)) % TILE, axis=1)
     offsets, elements = addresses - ORIGIN, np.ascontiguousarray(tiles[:, :unit]).view(dtype)
-    step = max(1, PIECE // nbytes)
+    step = PIECE // nbytes
     pieces = [slice(start, start + step) for start in range(0, len(runs), step)]
     return [_Scatter(memory, offsets[piece], elements[piece]) for piece in pieces]
 

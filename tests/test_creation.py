@@ -427,7 +427,7 @@ def test_cuda_without_a_gpu_says_why_not(run_without_gpu: Callable[..., str], de
     printed = run_without_gpu(FAILING.format(device=device))
     assert printed.startswith(f"DeviceUnavailableError device '{device}' cannot be used: cupy: ")
     assert "; numba: " in printed
-    assert printed.endswith("device='cpu' works everywhere")
+    assert printed.endswith("the CPU works everywhere")
 
 
 def test_without_a_gpu_the_default_is_the_cpu_and_the_log_says_why(run_without_gpu: Callable[..., str]) -> None:

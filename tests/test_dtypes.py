@@ -176,6 +176,12 @@ def test_a_misspelt_dtype_is_told_the_nearest(spelling: str, meant: str) -> None
         gpuconst.full(3, 1, dtype=spelling)
 
 
+def test_a_dtype_of_a_framework_is_not_misspelt() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"unknown dtype torch\.quint8; the dtypes are bool, "):
+        gpuconst.full(3, 1, dtype=torch.quint8)
+
+
 @pytest.mark.parametrize("spelling", ["", "torch."])
 def test_a_dtype_without_a_name_is_near_to_none(spelling: str) -> None:
     with pytest.raises(TypeError, match=f"unknown dtype '{re.escape(spelling)}'; the dtypes are bool, "):

@@ -625,5 +625,5 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
         gpuconst.fill_many([x, x[:2], np.zeros((4, 2))[:, 0]], 1)
         gpuconst.fill_many([x, x[:2], bytearray(32), np.zeros((4, 200))[:, :100]], 1)
     in_turn, at_once = caplog.messages
-    assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 1 batches; took 0\.\d{6} s", in_turn)
-    assert re.fullmatch(r"filled 4 arrays, 3264 bytes, in 2 batches; took 0\.\d{6} s", at_once)
+    assert re.fullmatch(r"filled 3 arrays, 64 bytes, in 3 launches; took 0\.\d{6} s", in_turn)
+    assert re.fullmatch(r"filled 4 arrays, 3264 bytes, in 2 launches; took 0\.\d{6} s", at_once)

@@ -250,12 +250,13 @@ def test_a_nested_tensor_without_gaps_is_one_stretch_of_memory(fill: Callable[..
     assert x._version > 0
 
 
+@pytest.mark.parametrize("recording", [True, False])
 @pytest.mark.parametrize(
     "transform", [torch.vmap, torch.func.functionalize, lambda f: torch.func.grad(lambda x: f(x).sum())]
 )
-def test_a_tensor_being_transformed_is_refused(transform: Callable[..., Any]) -> None:
+def test_a_tensor_being_transformed_is_refused(transform: Callable[..., Any], recording: bool) -> None:
     def fill(x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
+        with torch.set_grad_enabled(recording):
             return gpuconst.fill(x, 5.0)
 
     x = torch.ones(2, 3)

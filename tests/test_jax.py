@@ -57,7 +57,7 @@ def test_values_are_what_jax_makes_of_them(value: Any, dtype: Any) -> None:
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype")
 @pytest.mark.parametrize("dtype", [None, "int32", "int64", jnp.bfloat16, jnp.complex64, float])
 def test_a_complex_number_without_an_imaginary_part(dtype: Any) -> None:
-    def make() -> jax.Array:
+    def make() -> Any:
         return constant(3 + 0j)(None, (2,), dtype)
 
     assert jax.jit(make)().tolist() == make().tolist() == [3, 3]
@@ -278,6 +278,12 @@ def test_many_arrays_with_a_traced_length_get_jaxs_own_error() -> None:
     with pytest.raises(jax.errors.TracerIntegerConversionError) as caught:
         jax.jit(make)(3)
     assert caught.value.__notes__[0] == "'a'"
+
+
+@pytest.mark.parametrize("shape", [lambda length: length, lambda length: (length,)], ids=["a length", "a shape"])
+def test_a_traced_length_gets_jaxs_own_error(shape: Callable[[Any], Any]) -> None:
+    with pytest.raises(jax.errors.TracerIntegerConversionError):
+        jax.jit(lambda length: gpuconst.full(shape(length), 1.0, device="cpu").to_jax())(3)
 
 
 @pytest.mark.parametrize("value", [0.1, -0.0, 3, True, 1j, float("nan"), np.float32(0.1), np.arange(3.0)])

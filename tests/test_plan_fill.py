@@ -80,6 +80,11 @@ def test_what_a_plan_says_of_itself() -> None:
     assert repr(gpuconst.plan_fill([x, x[1:], np.zeros(2)], 1)) == "gpuconst.FillPlan(3 arrays, 2 batches, on cpu)"
 
 
+def test_what_is_tied_to_a_plan_need_not_keep_it_alive() -> None:
+    plan = gpuconst.plan_fill([np.zeros(2)], 1)
+    assert weakref.ref(plan)() is plan
+
+
 def test_the_example_in_the_documentation() -> None:
     failed, attempted = doctest.testmod(filling)
     assert (failed, attempted > 0) == (0, True)
@@ -90,8 +95,8 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
         plan = gpuconst.plan_fill([torch.zeros(6), np.zeros((4, 2))[:, 0]], 1)
         plan.fill()
     planned, done = caplog.messages
-    assert re.fullmatch(r"planned to fill 2 arrays, 56 bytes, in 1 batches; took 0\.\d{6} s", planned)
-    assert re.fullmatch(r"filled 2 arrays, 56 bytes, in 1 batches; took 0\.\d{6} s", done)
+    assert re.fullmatch(r"planned to fill 2 arrays, 56 bytes, in 1 launches; took 0\.\d{6} s", planned)
+    assert re.fullmatch(r"filled 2 arrays, 56 bytes, in 1 launches; took 0\.\d{6} s", done)
 
 
 # Arrays that have moved

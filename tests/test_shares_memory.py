@@ -140,6 +140,11 @@ def test_it_writes_nothing_and_may_be_asked_of_what_must_not_be_written() -> Non
         pytest.param(np.float64(1), "is a NumPy scalar", id="NumPy scalar"),
         pytest.param(torch.ones(3, device="meta"), "on meta, expected a CPU or CUDA tensor", id="meta tensor"),
         pytest.param(torch.eye(2).to_sparse(), "no memory of its own", id="sparse tensor"),
+        pytest.param(
+            torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+            "keeps its data in other tensors",
+            id="jagged tensor",
+        ),
     ],
 )
 def test_what_has_no_memory_is_refused(other: Any, message: str) -> None:
