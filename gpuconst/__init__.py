@@ -45,12 +45,8 @@ if TYPE_CHECKING:
 
     __version__: str
 else:
-    _ADAPTERS = {"jax": [], "keras": ["Constant", "Ones", "Zeros"], "torch": []}
-    _LAZY = {
-        **{name: module for module, names in _ADAPTERS.items() for name in names},
-        "Info": "environment",
-        "info": "environment",
-    }
+    _ADAPTERS = ["jax", "keras", "torch"]
+    _LAZY = {"Constant": "keras", "Info": "environment", "Ones": "keras", "Zeros": "keras", "info": "environment"}
 
     def __getattr__(name):
         """Import on first access what not every program needs; an adapter imports its framework."""
@@ -63,6 +59,7 @@ else:
         raise AttributeError(f"module 'gpuconst' has no attribute {name!r}")
 
     def __dir__():
-        adapters = {module: names for module, names in _ADAPTERS.items() if _find_spec(module) is not None}
+        adapters = [name for name in _ADAPTERS if _find_spec(name) is not None]
+        lazy = [name for name, module in _LAZY.items() if module in adapters]
         dunders = [name for name in globals() if name.startswith("__")]
-        return sorted({*__all__, *adapters, *sum(adapters.values(), []), *dunders, "__version__"})
+        return sorted({*__all__, *adapters, *lazy, *dunders, "__version__"})

@@ -118,7 +118,7 @@ class Array:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Return the DLPack device type and index of the memory."""
-        return _CPU_DEVICE if self._place.device == "cpu" else (CUDA, self._place.ordinal)
+        return _CPU_DEVICE if self._place.device == "cpu" else (CUDA, self._place.index)
 
     def __dlpack__(
         self,
@@ -176,7 +176,7 @@ class Array:
         on_cpu = self._place.device == "cpu"
         if on_cpu and stream is not None:
             raise RuntimeError(f"stream={stream!r} was given, but the memory is on the CPU, which has none")
-        consumer = None if on_cpu else consumer_handle(stream, self._place.ordinal)
+        consumer = None if on_cpu else consumer_handle(stream, self._place.index)
         source = self
         if copy or target != here:
             source = self._copied_to(self._place if target == here else select("cpu"))
@@ -188,11 +188,11 @@ class Array:
 
     def _copied_to(self, place: Place) -> Array:
         stream = 0 if place.device == "cpu" else self._stream
-        memory, address = place.module.allocate(self.nbytes, place.ordinal, stream)
+        memory, address = place.module.allocate(self.nbytes, place.index, stream)
         here = self._place
-        here.module.copy(address, self._address, self.nbytes, here.ordinal, self._stream)
+        here.module.copy(address, self._address, self.nbytes, here.index, self._stream)
         if place.device == "cpu":
-            here.module.synchronize(here.ordinal, self._stream)
+            here.module.synchronize(here.index, self._stream)
         return Array(memory, address, self.shape, self._dtype, place, stream)
 
     @property
@@ -279,7 +279,7 @@ class Array:
             If the memory is on a GPU and TensorFlow cannot use one.
         """
         if self._place.device != "cpu":  # TensorFlow reads on streams of its own
-            self._place.module.synchronize(self._place.ordinal, self._stream)
+            self._place.module.synchronize(self._place.index, self._stream)
         return handover.to_tensorflow(self)
 
     def to_cupy(self) -> Any:

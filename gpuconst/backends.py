@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Place:
         A key of `BACKENDS`.
     device : str
         ``"cpu"`` or ``"cuda:N"``.
-    ordinal : int
+    index : int
         N; 0 for the CPU.
     module : Backend
         The backend's functions.
@@ -105,7 +106,7 @@ class Place:
 
     backend: str
     device: str
-    ordinal: int
+    index: int
     module: Backend
 
 
@@ -143,9 +144,9 @@ def select(device: Any = None) -> Place:
     if place is None:
         place = _places[device] = _select(device)
     elif place.device != "cpu" and (device is None or device == "cuda"):
-        ordinal = place.module.current_index()  # the thread's current GPU can change
-        if ordinal != place.ordinal:
-            return select(f"cuda:{ordinal}")
+        index = place.module.current_index()  # the thread's current GPU can change
+        if index != place.index:
+            return select(f"cuda:{index}")
     return place
 
 
@@ -167,10 +168,10 @@ def _select(device: str | None) -> Place:
                 reasons[name] = absent
                 continue
             module = load(name)
-            position = index if index is not None else module.current_index()
-            reason = module.why_not(position)
+            chosen = index if index is not None else module.current_index()
+            reason = module.why_not(chosen)
             if reason is None:
-                return _found(name, kind, position, module, reasons)
+                return _found(name, kind, chosen, module, reasons)
             reasons[name] = reason
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     asked = f"device {device!r}" if device is not None else f"{VARIABLE}={forced}"
@@ -189,12 +190,15 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"gpuconst.kernels.{BACKENDS[name].module}"))
 
 
+_DEVICE = re.compile(r"(?P<cpu>cpu)(:0)?|cuda(:(?P<index>\d+))?", re.ASCII)
+
+
 def _parse(device: str) -> tuple[str, int | None]:
-    kind, colon, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or colon and not index.isdecimal() or kind == "cpu" and index not in ("", "0"):
+    found = _DEVICE.fullmatch(device)
+    if found is None:
         meant = "; a GPU is 'cuda' here" if device.startswith("gpu") else ""
         raise ValueError(f"unknown device {brief(device)}; devices are 'cpu', 'cuda' and 'cuda:N'{meant}")
-    return kind, (int(index) if index else None)
+    return found["cpu"] or "cuda", int(found["index"]) if found["index"] else None
 
 
 def _found(name: str, kind: str, index: int, module: Backend, passed_over: dict[str, str]) -> Place:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .array import Array
+from .columns import Columns, columns
 from .dtypes import DType, resolve_dtype
 from .errors import about
 from .kernels.runs import RUN, TILE, Region, as_run, normalised
-from .torch_rules import Columns, check_writable, columns, has_memory, is_tensor, tensor_positions
+from .torch_rules import check_writable, has_memory, is_tensor
 from .values import encode, encode_each
-from .views import View, array_columns, numpy_columns, view_of
+from .views import View, view_of
 
 __all__ = ["Batch", "check_value", "each_with_value", "gather", "tiles", "writable_view"]
 
@@ -145,8 +146,7 @@ def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None
     """
     parts: list[_Part] = []
     rest = np.ones(len(arrays), np.bool_)
-    for chosen, read in _in_columns(arrays):
-        found = read([arrays[index] for index in chosen] if len(chosen) < len(arrays) else arrays)
+    for chosen, found in columns(arrays):
         plain = np.flatnonzero(found.plain)
         positions = np.fromiter(chosen, np.int64, len(chosen))[plain]
         for device in sorted(set(found.devices[plain].tolist())):
@@ -159,22 +159,6 @@ def gather(arrays: Sequence[Any], fill_values: Any, values: Sequence[Any] | None
     for part in parts:
         by_device.setdefault(part.device, []).append(part)
     return [batch for device, these in by_device.items() for batch in _batches(device, these)]
-
-
-def _in_columns(arrays: Sequence[Any]) -> Iterator[tuple[Sequence[int], Callable[[Sequence[Any]], Columns]]]:
-    """Yield groups of arrays that can be read at once: their indices, and the function that reads them."""
-    tensors = tensor_positions(arrays)
-    if tensors:
-        yield tensors, columns
-    if len(tensors) < len(arrays):
-        kinds = list(map(type, arrays))
-        for kind, read in _READERS:
-            chosen = [index for index, its in enumerate(kinds) if its is kind]
-            if chosen:
-                yield chosen, read
-
-
-_READERS: list[tuple[type, Callable[[Sequence[Any]], Columns]]] = [(np.ndarray, numpy_columns), (Array, array_columns)]
 
 
 class _Part(NamedTuple):

@@ -88,7 +88,7 @@ def full(shape: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, 
     element = encode(fill_value, row)
     place = select(device)
     handle = 0 if stream is None and place.device == "cpu" else stream_handle(stream, place)
-    memory, address = place.module.full(nbytes, element, place.ordinal, handle)
+    memory, address = place.module.full(nbytes, element, place.index, handle)
     return Array(memory, address, dims, row, place, handle and on_any_thread(handle))
 
 
@@ -208,7 +208,7 @@ def _filled_in_turn(
     elements = _each(names, encode, values, rows)
     offsets = [0, *accumulate(nbytes + -nbytes % ALIGNMENT for _, nbytes in measured)]
     _check_total(offsets[-1])
-    memory, address = place.module.allocate(offsets[-1], place.ordinal, 0)
+    memory, address = place.module.allocate(offsets[-1], place.index, 0)
     addresses = [address + offset for offset in offsets[:-1]]
     for start, (_, nbytes), element in zip(addresses, measured, elements, strict=True):
         fill_stretch(start, nbytes, element)
@@ -229,7 +229,7 @@ def _filled_at_once(
     padded = nbytes + -nbytes % np.uint64(ALIGNMENT)
     total = sum(padded.tolist())
     _check_total(total)
-    memory, address = place.module.allocate(total, place.ordinal, handle)
+    memory, address = place.module.allocate(total, place.index, handle)
 
     offsets = np.cumsum(padded) - padded
     # Neighbours with the same tile form one run, including the padding between them.
@@ -238,7 +238,7 @@ def _filled_at_once(
     runs["address"], runs["count"] = offsets[first] + np.uint64(address), 1
     runs["nbytes"] = np.diff(offsets[first], append=np.uint64(total))
     runs["tile_low"], runs["tile_high"] = words[first, 0], words[first, 1]
-    place.module.prepare(runs[runs["nbytes"] > 0], [], place.ordinal, handle)(handle)
+    place.module.prepare(runs[runs["nbytes"] > 0], [], place.index, handle)(handle)
     return _Filled(memory, (offsets + np.uint64(address)).tolist(), shapes, int(nbytes.sum()))
 
 

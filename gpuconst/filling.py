@@ -89,7 +89,7 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
     is_torch = type(x) is not np.ndarray and is_tensor(x)
     if is_torch:
         check_eager()
-    found = _at_sight(x, fill_value, is_torch) if stream is None else None
+    found = _fast_path(x, fill_value, is_torch) if stream is None else None
     if found is not None:
         store, arguments, _ = found
         if is_torch:
@@ -107,13 +107,13 @@ def fill(x: T, fill_value: Any, *, stream: Any = None) -> T:
         _wait_for_owner(x, view.stream, handle, place)
     if is_torch:
         mark_written([x])
-    place.module.fill(Region(view.address, view.shape, view.strides, element), place.ordinal, handle)
-    if isinstance(x, Array) and handle != view.stream and not is_capturing(place.ordinal, handle):
+    place.module.fill(Region(view.address, view.shape, view.strides, element), place.index, handle)
+    if isinstance(x, Array) and handle != view.stream and not is_capturing(place.index, handle):
         x._stream = on_any_thread(handle)
     return x
 
 
-def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., None], tuple[Any, ...], str] | None:
+def _fast_path(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., None], tuple[Any, ...], str] | None:
     """Return a function that fills an ordinary tensor, NumPy array or `Array`, its arguments, and the device.
 
     Return None for any other array. These need no closer look, which would cost more than filling up to 64 KiB.
@@ -122,26 +122,26 @@ def _at_sight(x: Any, fill_value: Any, is_torch: bool) -> tuple[Callable[..., No
         found = stretch(x)
         if found is None:
             return None
-        address, nbytes, torch_dtype, ordinal = found
+        address, nbytes, torch_dtype, index = found
         dtype = resolve_dtype(torch_dtype)
-        place, handle = (select("cpu"), 0) if ordinal < 0 else (select(f"cuda:{ordinal}"), torch_stream(ordinal))
+        place, handle = (select("cpu"), 0) if index < 0 else (select(f"cuda:{index}"), torch_stream(index))
     elif type(x) is Array:
         address, nbytes, dtype, place, handle = x._address, x.nbytes, x._dtype, x._place, x._stream
     elif type(x) is np.ndarray and x.flags.writeable:
-        return host_fill.assign, (x, encode(fill_value, resolve_dtype(x.dtype))), "cpu"
+        return host_fill.fill_array, (x, encode(fill_value, resolve_dtype(x.dtype))), "cpu"
     else:
         return None
     element = encode(fill_value, dtype)
     if place.device != "cpu":
         check_captured(handle, place)
-    return place.module.fill_stretch, (address, nbytes, element, place.ordinal, handle), place.device
+    return place.module.fill_stretch, (address, nbytes, element, place.index, handle), place.device
 
 
 def _owners_stream(x: Any, view: View, place: Place) -> int:
     """Return the handle of the stream that orders work on an array."""
     if place.device == "cpu":
         return 0
-    theirs = current_streams([type(x)], place.ordinal) if view.stream is None else [view.stream]
+    theirs = current_streams([type(x)], place.index) if view.stream is None else [view.stream]
     handle = theirs[0] if theirs else 0
     check_captured(handle, place)
     return handle
@@ -156,7 +156,7 @@ def _wait_for_owner(x: Any, owner: int, handle: int, place: Place) -> None:
     if isinstance(x, Array):
         place.module.hand_over(x._memory, owner, handle)
     else:
-        place.module.order(owner, handle, place.ordinal)
+        place.module.order(owner, handle, place.index)
 
 
 def fill_many(xs: Iterable[Any], fill_values: Any, *, stream: Any = None) -> None:
@@ -210,7 +210,7 @@ def _filled_in_turn(arrays: Sequence[Any], values: Iterable[Any]) -> bool:
     stores = []
     for x, value in zip(arrays, values, strict=False):
         try:
-            found = _at_sight(x, value, is_tensor(x))
+            found = _fast_path(x, value, is_tensor(x))
         except (TypeError, ValueError, OverflowError):
             return False
         if found is None or found[2] != "cpu" or x.nbytes >= host_fill.SMALLEST_SHARED:
@@ -360,13 +360,13 @@ class _Step:
     def prepare(self, stream: Any) -> None:
         self._prepared_on, _ = self._streams(stream)
         self._run = self.place.module.prepare(
-            self._batch.runs, self._batch.strided, self.place.ordinal, self._prepared_on
+            self._batch.runs, self._batch.strided, self.place.index, self._prepared_on
         )
 
     def settle(self) -> None:
         """Wait until the table is in place, so that any stream can read it; a single run has none."""
         if len(self._batch.runs) > 1:
-            self.place.module.synchronize(self.place.ordinal, self._prepared_on)
+            self.place.module.synchronize(self.place.index, self._prepared_on)
 
     def join(self, stream: Any) -> tuple[int, list[int]]:
         """Return the stream to fill on, which now waits for the arrays, and those that have to wait for it afterwards.
@@ -379,11 +379,11 @@ class _Step:
         place = self.place
         handle, others = self._streams(stream)
         for other in others:
-            place.module.order(other, handle, place.ordinal)
+            place.module.order(other, handle, place.index)
         for array in self._ours:
             if array._stream != handle:
                 place.module.hand_over(array._memory, array._stream, handle)
-                if not is_capturing(place.ordinal, handle):  # else nothing runs there yet that the array could wait for
+                if not is_capturing(place.index, handle):  # else nothing runs there yet that the array could wait for
                     array._stream = on_any_thread(handle)
         return handle, others if stream is None else []  # else the caller orders what comes after it
 
@@ -392,7 +392,7 @@ class _Step:
         assert self._run is not None
         self._run(handle)
         for other in others:
-            self.place.module.order(handle, other, self.place.ordinal)
+            self.place.module.order(handle, other, self.place.index)
 
     def _streams(self, stream: Any) -> tuple[int, list[int]]:
         """Return the stream to fill on, and the other streams that the arrays are used on, which it waits for."""
@@ -400,7 +400,7 @@ class _Step:
             return 0, []
         if stream is not None:
             return stream_handle(stream, self.place), self._batch.streams
-        handles = current_streams(self._batch.kinds, self.place.ordinal) + self._batch.streams
+        handles = current_streams(self._batch.kinds, self.place.index) + self._batch.streams
         first, *others = dict.fromkeys(handles or [array._stream for array in self._ours[:1]] or [0])
         check_captured(first, self.place)
         return first, others

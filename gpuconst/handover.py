@@ -4,41 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, Protocol
+from typing import Any
 
-from .dtypes import DType
 from .torch_rules import has_memory
 
 __all__ = ["to_cupy", "to_jax", "to_tensorflow", "to_torch"]
 
 
-class Exporter(Protocol):
-    """An array to hand over."""
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-
-    @property
-    def device(self) -> str:
-        """Where the memory is."""
-
-    def data_ptr(self) -> int:
-        """Return the address of the first element."""
-
-    @property
-    def _dtype(self) -> DType:
-        """Dtype of the elements."""
-
-    @property
-    def _exporter(self) -> Any:
-        """The array of the backend's library, NumPy's for CPU memory."""
-
-    def __dlpack__(self, *, stream: Any = None, max_version: tuple[int, int] | None = None) -> Any:
-        """Export a capsule."""
-
-
-def to_torch(array: Exporter) -> Any:
+def to_torch(array: Any) -> Any:
     """Return a torch tensor that shares the array's memory."""
     torch, dtype = _import("torch", "torch"), array._dtype
     if not hasattr(torch, dtype.name):
@@ -64,7 +37,7 @@ def to_torch(array: Exporter) -> Any:
     return tensor
 
 
-def to_jax(array: Exporter) -> Any:
+def to_jax(array: Any) -> Any:
     """Return a JAX array that shares the array's memory."""
     jax, dtype = _import("jax", "jax"), array._dtype
     canonical = jax.dtypes.canonicalize_dtype(dtype.numpy)
@@ -78,7 +51,7 @@ def to_jax(array: Exporter) -> Any:
     return shared
 
 
-def to_tensorflow(array: Exporter) -> Any:
+def to_tensorflow(array: Any) -> Any:
     """Return a TensorFlow tensor that shares the array's memory; the fill must have finished."""
     tensorflow = _import("tensorflow", "tensorflow")
     if array._dtype.name.startswith("float8"):
@@ -92,7 +65,7 @@ def to_tensorflow(array: Exporter) -> Any:
     return tensorflow.experimental.dlpack.from_dlpack(array.__dlpack__())
 
 
-def to_cupy(array: Exporter) -> Any:
+def to_cupy(array: Any) -> Any:
     """Return a CuPy array that shares the array's memory."""
     if array.device == "cpu":
         raise BufferError(
@@ -119,7 +92,7 @@ def _import(name: str, extra: str) -> Any:
         raise ImportError(f"{name} is not installed; pip install 'gpuconst[{extra}]'", name=name) from error
 
 
-def _check_shared(array: Exporter, address: int, consumer: str, way_out: str = "") -> None:
+def _check_shared(array: Any, address: int, consumer: str, way_out: str = "") -> None:
     if address != array.data_ptr() and array.size:
         raise BufferError(
             f"{consumer} copied the array ({array.data_ptr():#x} became {address:#x}); {way_out}to accept a copy, "

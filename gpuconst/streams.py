@@ -45,7 +45,7 @@ def stream_handle(stream: Any, place: Place) -> int:
     if place.device == "cpu":
         raise ValueError(f"stream={stream!r} was given, but the memory is on the CPU, which has none; drop it")
     index = getattr(stream, "device_index", getattr(stream, "device_id", None))  # torch's; CuPy's
-    if isinstance(index, int) and index >= 0 and index != place.ordinal:
+    if isinstance(index, int) and index >= 0 and index != place.index:
         raise ValueError(f"{stream!r} is a stream of cuda:{index}, the memory is on {place.device}")
     if hasattr(stream, "__cuda_stream__"):
         return cast(int, Handle(stream.__cuda_stream__()[1], stream))
@@ -61,7 +61,7 @@ def stream_handle(stream: Any, place: Place) -> int:
     )
 
 
-def consumer_handle(stream: Any, ordinal: int) -> int | None:
+def consumer_handle(stream: Any, index: int) -> int | None:
     """Return the handle of the stream that a DLPack consumer names.
 
     The handle keeps the stream alive if it is CuPy's current one, which CuPy itself names: CuPy destroys a stream
@@ -72,7 +72,7 @@ def consumer_handle(stream: Any, ordinal: int) -> int | None:
     stream : int, optional
         Numbered as in the array API standard: None or 1 for the legacy default stream, 2 for the
         per-thread one, -1 for no synchronisation, else a handle.
-    ordinal : int
+    index : int
         Index of the GPU.
 
     Returns
@@ -94,7 +94,7 @@ def consumer_handle(stream: Any, ordinal: int) -> int | None:
         )
     if stream == -1:
         return None
-    current = _cupy_stream(ordinal)
+    current = _cupy_stream(index)
     return Handle(stream, current) if current is not None and current.ptr == stream else stream
 
 
@@ -113,14 +113,14 @@ def check_captured(handle: int, place: Place) -> None:
     RuntimeError
         If the current stream of torch or CuPy is another one and is being captured.
     """
-    ordinal = place.ordinal
-    torch = torch_stream(ordinal)
-    if torch and torch != handle and cuda_driver.is_capturing(ordinal, torch):
-        raise _would_be_missing(f"torch.cuda.current_stream({ordinal})")
-    current = _cupy_stream(ordinal)
+    index = place.index
+    torch = torch_stream(index)
+    if torch and torch != handle and cuda_driver.is_capturing(index, torch):
+        raise _would_be_missing(f"torch.cuda.current_stream({index})")
+    current = _cupy_stream(index)
     cupy = current.ptr if current is not None else 0
-    if cupy and cupy != handle and cuda_driver.is_capturing(ordinal, cupy):
-        raise _would_be_missing(f"cupy.cuda.get_current_stream({ordinal})")
+    if cupy and cupy != handle and cuda_driver.is_capturing(index, cupy):
+        raise _would_be_missing(f"cupy.cuda.get_current_stream({index})")
 
 
 def _would_be_missing(stream: str) -> RuntimeError:
@@ -130,35 +130,35 @@ def _would_be_missing(stream: str) -> RuntimeError:
     )
 
 
-def torch_stream(ordinal: int) -> int:
+def torch_stream(index: int) -> int:
     """Return the handle of torch's current stream on a device; 0 if torch has not used CUDA."""
     torch: Any = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)  # missing while torch is being imported
     if cuda is None or not cuda.is_initialized():
         return 0
     # What torch's compiled code calls; making an object of the stream would take 20 times as long.
-    return cast(int, torch._C._cuda_getCurrentRawStream(ordinal))
+    return cast(int, torch._C._cuda_getCurrentRawStream(index))
 
 
-def _cupy_stream(ordinal: int) -> Any:
+def _cupy_stream(index: int) -> Any:
     """Return CuPy's current stream on a device; None if CuPy is not in use."""
     cuda = getattr(sys.modules.get("cupy"), "cuda", None)
     if cuda is None:
         return None
     try:
-        return cuda.get_current_stream(ordinal)
+        return cuda.get_current_stream(index)
     except Exception:  # it can be imported and still not work
         return None
 
 
-def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
+def current_streams(kinds: Iterable[type], index: int) -> list[int]:
     """Return the handles of the current streams of the frameworks that some arrays belong to.
 
     Parameters
     ----------
     kinds : iterable of type
         Types of the arrays.
-    ordinal : int
+    index : int
         Index of the GPU.
 
     Returns
@@ -169,8 +169,8 @@ def current_streams(kinds: Iterable[type], ordinal: int) -> list[int]:
     handles = []
     tensor, array = getattr(sys.modules.get("torch"), "Tensor", ()), getattr(sys.modules.get("cupy"), "ndarray", ())
     if any(issubclass(kind, tensor) for kind in kinds):
-        handles.append(torch_stream(ordinal))
+        handles.append(torch_stream(index))
     if any(issubclass(kind, array) for kind in kinds):
-        current = _cupy_stream(ordinal)
+        current = _cupy_stream(index)
         handles.append(Handle(current.ptr, current))  # see `consumer_handle`
     return handles

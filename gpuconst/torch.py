@@ -118,25 +118,25 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
         _choose(ordered, tensors, weights)
         _check_tensors(tensors)
         _check_keras(parts)
-        homes = _Homes(device)
+        devices = _Devices(device)
         for tensor in tensors:
-            tensor.check(homes.given)
+            tensor.check(devices.given)
         _check_shared(tensors)
         ruled = [weight for weight in weights if weight.rule is not None]
         for weight in ruled:
             weight.check()
-        originals = [weight.originals(homes) for weight in ruled if not callable(weight.value)]
+        originals = [weight.originals(devices) for weight in ruled if not callable(weight.value)]
         computed: dict[int, list[_Weight]] = {}  # by functions, whose turn comes with the first original
         for weight in ruled:
             if callable(weight.value):
                 computed.setdefault(id(weight.tensors[0]), []).append(weight)
 
-        unfilled = _make([tensor for tensor in tensors if not tensor.has_memory], homes)
+        unfilled = _make([tensor for tensor in tensors if not tensor.has_memory], devices)
         unfilled += [tensor for tensor in tensors if tensor.has_memory and tensor.element is not None]
         for tensor in tensors:
             if tensor.rule is not None and callable(tensor.value):
                 _initialise(tensor.value, tensor.made, tensor.said, new=not tensor.has_memory)
-            originals += [weight.originals(homes) for weight in computed.get(id(tensor), ())]
+            originals += [weight.originals(devices) for weight in computed.get(id(tensor), ())]
         if unfilled:
             fill_many([tensor.made for tensor in unfilled], [tensor.element for tensor in unfilled])
         for tensor, values in itertools.chain.from_iterable(originals):
@@ -158,7 +158,7 @@ def materialize_(module: M, rules: Mapping[str, Any], *, device: Any = None) -> 
     return module
 
 
-class _Homes:
+class _Devices:
     """The devices on which tensors get memory, each looked up once."""
 
     def __init__(self, device: Any) -> None:
@@ -211,7 +211,7 @@ class _Tensor(_Named):
                 "was given; move it there with module.to(), or drop device to fill it in place"
             )
         if self.rule is not None and not callable(self.value):
-            with _Said(self):
+            with _ErrorContext(self):
                 self.element = encode(self.value, resolve_dtype(self.tensor.dtype))
                 if self.has_memory:
                     writable_view(self.tensor)
@@ -244,9 +244,9 @@ class _Weight(_Named):
         self._own = own
 
     @property
-    def _about(self) -> _Said:
+    def _about(self) -> _ErrorContext:
         names = ", ".join(repr(tensor.names[0]) for tensor in (*self.tensors, *self._own))
-        return _Said(self, f"; drop the rule, or put rules for {names} before it")
+        return _ErrorContext(self, f"; drop the rule, or put rules for {names} before it")
 
     def check(self) -> None:
         """Raise if the weight cannot be set through its originals, whatever its value."""
@@ -255,10 +255,10 @@ class _Weight(_Named):
                 raise ValueError("a sharded weight is not set through its originals")
             self.computed.outline()
 
-    def originals(self, homes: _Homes) -> list[tuple[_Tensor, torch.Tensor]]:
+    def originals(self, devices: _Devices) -> list[tuple[_Tensor, torch.Tensor]]:
         """Return the values for the originals that make the weight what its rule says."""
         first = self.tensors[0]
-        where = first.tensor.device if first.has_memory else homes.of(first.tensor)
+        where = first.tensor.device if first.has_memory else devices.of(first.tensor)
         weight = torch.empty_like(self.computed.outline(), device=where)
         if callable(self.value):
             _initialise(self.value, weight, self.said, new=True)
@@ -268,7 +268,7 @@ class _Weight(_Named):
             return list(zip(self.tensors, self.computed.originals_of(weight), strict=True))
 
 
-class _Said:
+class _ErrorContext:
     """Adds the name and the rule to errors; a class, because a generator as context manager is slower."""
 
     def __init__(self, named: _Named, way_out: str = "") -> None:
@@ -391,16 +391,16 @@ def _check_keras(parts: Sequence[tuple[str, torch.nn.Module]]) -> None:
             )
 
 
-def _make(tensors: Sequence[_Tensor], homes: _Homes) -> list[_Tensor]:
+def _make(tensors: Sequence[_Tensor], devices: _Devices) -> list[_Tensor]:
     """Give tensors memory, filled already if on the CPU; return those still to be filled with constants."""
     unfilled: list[_Tensor] = []
     hosted: list[_Tensor] = []
     specs: list[HostTensor] = []
     for found in tensors:
-        old, home = found.tensor, homes.of(found.tensor)
-        row = _row(old) if home.type == "cpu" else None
+        old, device = found.tensor, devices.of(found.tensor)
+        row = _row(old) if device.type == "cpu" else None
         if row is None:
-            found.take(torch.empty_like(old, device=home))
+            found.take(torch.empty_like(old, device=device))
             unfilled += [found] if found.element is not None else []
         else:
             hosted.append(found)

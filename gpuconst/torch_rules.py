@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 __all__ = [
-    "Columns",
     "are_plain",
     "check_eager",
     "check_writable",
-    "columns",
     "compiling",
     "has_memory",
     "is_dtensor",
@@ -248,110 +243,6 @@ def storages(tensors: Sequence[Any]) -> list[Any]:
         return []
     parts = tensors if are_plain(tensors) else map(local_part, tensors)
     return list(map(sys.modules["torch"].Tensor.untyped_storage, parts))
-
-
-class Columns(NamedTuple):
-    """Facts about many arrays, one column per fact.
-
-    Attributes
-    ----------
-    plain : numpy.ndarray of bool
-        Which arrays are dense, contiguous, on the CPU or CUDA, and may be written; the other columns hold
-        for these only.
-    addresses, nbytes, devices : numpy.ndarray of int
-        The address, the bytes and the device of each: -1 for the CPU, else the index of the GPU.
-    dtypes : list
-        The dtype of each, as an object of its own library.
-    """
-
-    plain: np.ndarray
-    addresses: np.ndarray
-    nbytes: np.ndarray
-    devices: np.ndarray
-    dtypes: list[Any]
-
-
-def columns(tensors: Sequence[Any]) -> Columns:
-    """Read many tensors at once, and find what `check_writable` and a look at each would find.
-
-    Reading one fact of many tensors in C before the next fact costs a tenth of a microsecond per tensor; a
-    call of our own for each tensor costs several times that. As many are read at a time as the cache holds.
-
-    Parameters
-    ----------
-    tensors : sequence of torch.Tensor
-        At least one, of any kind.
-
-    Returns
-    -------
-    Columns
-    """
-    chunks = [_columns(tensors[start : start + _AT_A_TIME]) for start in range(0, len(tensors), _AT_A_TIME)]
-    if len(chunks) == 1:
-        return chunks[0]
-    plain, addresses, nbytes, devices, dtypes = zip(*chunks, strict=True)
-    return Columns(
-        np.concatenate(plain),
-        np.concatenate(addresses),
-        np.concatenate(nbytes),
-        np.concatenate(devices),
-        list(itertools.chain.from_iterable(dtypes)),
-    )
-
-
-_AT_A_TIME = 512
-
-
-def _columns(tensors: Sequence[Any]) -> Columns:
-    torch = sys.modules["torch"]
-
-    count, tensor_type = len(tensors), torch.Tensor
-    is_cpu, is_cuda = operator.attrgetter("is_cpu"), operator.attrgetter("is_cuda")
-
-    def read(fact: Callable[[Any], Any], dtype: Any = np.bool_) -> np.ndarray:
-        return np.fromiter(map(fact, tensors), dtype, count)
-
-    def true(fact: Callable[[Any], bool]) -> np.ndarray | bool:
-        return all(map(fact, tensors)) or read(fact)  # for most facts, all tensors agree
-
-    def false(fact: Callable[[Any], bool]) -> np.ndarray | bool:
-        return not any(map(fact, tensors)) or ~read(fact)
-
-    ordinary = are_plain(tensors) and torch.autograd.forward_ad._current_level < 0
-    if ordinary:
-        try:
-            addresses = read(tensor_type.data_ptr, np.uint64)
-        except RuntimeError:  # a sparse or transformed tensor has no memory of its own
-            ordinary = False
-    if not ordinary:
-        unknown = np.zeros(count, np.uint64)
-        return Columns(np.zeros(count, np.bool_), unknown, unknown, np.full(count, -1), [None] * count)
-    nbytes = read(operator.attrgetter("nbytes"), np.uint64)
-    dtypes = list(map(operator.attrgetter("dtype"), tensors))
-    itemsizes = {dtype: dtype.itemsize for dtype in set(dtypes)}
-    steps = (
-        np.fromiter(map(itemsizes.__getitem__, dtypes), np.uint64, count)
-        if len(itemsizes) > 1
-        else [*itemsizes.values()]
-    )
-    itemsize = np.array(steps, np.uint64)
-    plain = (addresses != 0) & (addresses % itemsize == 0)
-    stored = np.fromiter(map(torch.UntypedStorage.nbytes, map(tensor_type.untyped_storage, tensors)), np.uint64, count)
-    plain &= read(tensor_type.storage_offset, np.uint64) * itemsize + nbytes <= stored
-    plain &= true(tensor_type.is_contiguous)
-    plain &= false(tensor_type.is_neg)
-    if any(dtype.is_complex for dtype in itemsizes):
-        plain &= false(tensor_type.is_conj)
-    devices = np.full(count, -1)
-    if not all(map(is_cpu, tensors)):
-        devices = read(tensor_type.get_device, np.int64)
-        if not all(map(is_cuda, tensors)):
-            plain &= read(is_cpu) | read(is_cuda)
-    if not torch.is_inference_mode_enabled():
-        plain &= false(tensor_type.is_inference)
-    if torch.is_grad_enabled():
-        plain &= false(operator.attrgetter("requires_grad"))
-    return Columns(plain, addresses, nbytes, devices, dtypes)
 
 
 def mark_written(tensors: Sequence[Any]) -> None:

@@ -5,7 +5,6 @@ Frameworks are recognised among the modules already imported; none is imported t
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import operator
@@ -20,9 +19,9 @@ from .dlpack import CPU, CUDA, IS_COPIED, READ_ONLY, Tensor, read_capsule
 from .dtypes import DType, dtype_from_dlpack, resolve_dtype
 from .kernels import cuda_driver
 from .kernels.runs import contiguous_strides
-from .torch_rules import Columns, are_plain, has_memory, is_tensor, keeps_data_elsewhere, local_part
+from .torch_rules import are_plain, has_memory, is_tensor, keeps_data_elsewhere, local_part
 
-__all__ = ["View", "array_columns", "extents", "numpy_columns", "shares_memory", "view_of"]
+__all__ = ["View", "extents", "shares_memory", "view_of"]
 
 _CUDA_HOST, _CUDA_MANAGED = 3, 13  # DLDeviceType
 #: How much work NumPy does to find out whether strided arrays intersect: hundredths of a second.
@@ -87,56 +86,6 @@ def view_of(x: Any) -> View:
     """
     kind: Any = type(x)
     return _check(_reader(kind)(x))
-
-
-def numpy_columns(arrays: Sequence[np.ndarray]) -> Columns:
-    """Read many NumPy arrays at once, and find what a look at each would find.
-
-    Parameters
-    ----------
-    arrays : sequence of numpy.ndarray
-        None of a subclass.
-
-    Returns
-    -------
-    Columns
-    """
-    addresses = np.fromiter(map(_buffer_address, arrays), np.uint64, len(arrays))
-    nbytes = np.fromiter(map(operator.attrgetter("nbytes"), arrays), np.uint64, len(arrays))
-    dtypes = list(map(operator.attrgetter("dtype"), arrays))
-    itemsizes = np.fromiter(map(operator.attrgetter("itemsize"), arrays), np.uint64, len(arrays))
-    plain = (addresses != 0) & (addresses % np.maximum(itemsizes, 1) == 0)
-    return Columns(plain, addresses, nbytes, np.full(len(arrays), -1), dtypes)
-
-
-def _buffer_address(array: np.ndarray) -> int:
-    """Return the address of a writable, contiguous array, 0 for any other; takes a third of NumPy's own time."""
-    try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
-    except (TypeError, ValueError, BufferError):  # from ctypes, for gaps and for read-only, empty and ml_dtypes arrays
-        return 0
-
-
-def array_columns(arrays: Sequence[Array]) -> Columns:
-    """Read many of our own arrays at once, and find what a look at each would find.
-
-    Parameters
-    ----------
-    arrays : sequence of Array
-        On any devices.
-
-    Returns
-    -------
-    Columns
-    """
-    nbytes = np.fromiter([x.nbytes for x in arrays], np.uint64, len(arrays))
-    return Columns(
-        nbytes > 0,
-        np.fromiter([x.data_ptr() for x in arrays], np.uint64, len(arrays)),
-        nbytes,
-        np.fromiter([-1 if x.device == "cpu" else x.__dlpack_device__()[1] for x in arrays], np.int64, len(arrays)),
-        [x.dtype for x in arrays],
-    )
 
 
 def shares_memory(a: Any, b: Any) -> bool:

@@ -313,7 +313,7 @@ def upload(target: int, source: np.ndarray, index: int, stream: int) -> None:
     """Copy a host array to device memory in stream order; the caller need not keep the array alive."""
     cuda = _library()
     # Querying an event is forbidden while any stream is being captured, and would spoil its graph.
-    with primary_context(index), any_capture_mode():
+    with primary_context(index), AnyCaptureMode():
         _check(cuda.cuMemcpyAsync(target, source.ctypes.data, source.nbytes, stream))
         # The driver stages pageable memory before it returns, but not if the GPU can read it directly.
         _copied_from.append((_record(stream), source))
@@ -380,7 +380,7 @@ def _record(stream: int) -> ctypes.c_void_p:
 
 def synchronize(index: int, stream: int) -> None:
     """Block until the stream has finished."""
-    with primary_context(index), any_capture_mode():
+    with primary_context(index), AnyCaptureMode():
         _check(_library().cuStreamSynchronize(stream))
 
 
@@ -400,7 +400,7 @@ def _captured(stream: int) -> bool | None:
     return status.value != 0
 
 
-class any_capture_mode:  # noqa: N801  # used like a function, and a generator would take twice as long
+class AnyCaptureMode:
     """Allow this thread what the usual capture mode forbids while a graph is captured, such as loading a kernel."""
 
     __slots__ = ("_mode",)

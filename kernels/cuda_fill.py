@@ -126,6 +126,6 @@ class Filler:
         if key in self._started:
             self._start(launch, index, stream)
             return
-        with cuda_driver.any_capture_mode():  # the first launch on a device loads the kernel
+        with cuda_driver.AnyCaptureMode():  # the first launch on a device loads the kernel
             self._start(launch, index, stream)
         self._started.add(key)

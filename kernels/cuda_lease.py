@@ -98,7 +98,7 @@ class Lease:
             with (
                 contextlib.suppress(RuntimeError),
                 cuda_driver.primary_context(self.index),
-                cuda_driver.any_capture_mode(),
+                cuda_driver.AnyCaptureMode(),
             ):
                 self._memory = None
         self._memory = None  # while its stream still lives

@@ -153,7 +153,7 @@ def _take(nbytes: int, index: int, stream: int) -> tuple[Any, Any]:
     cuda = cupy.cuda
     current = cuda.get_current_stream()
     # A pool that grows would spoil a graph that is captured on another stream.
-    with cuda_driver.any_capture_mode():
+    with cuda_driver.AnyCaptureMode():
         if cuda.runtime.getDevice() == index and current.ptr == stream:
             return cuda.alloc(nbytes), current  # entering what is current already would take longer
         with cuda.Device(index), _stream(int(stream), index) as current:

@@ -18,7 +18,7 @@ from .host_fill import (
     PIECE,
     SMALLEST_SHARED,
     UNSIGNED,
-    assign_as_it_is,
+    fill_laid_out,
     fill_stretch,
     laid_over,
 )
@@ -124,7 +124,7 @@ def fill(region: Region, index: int, stream: int) -> None:
 
 def _filler(region: Region, *, past_caches: bool = False) -> Callable[[], None]:
     """Return a function that fills a region of at least one element; see `fill_stretch`."""
-    return partial(assign_as_it_is, laid_over(region), region.element, past_caches=past_caches)
+    return partial(fill_laid_out, laid_over(region), region.element, past_caches=past_caches)
 
 
 def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:

@@ -29,8 +29,8 @@ __all__ = [
     "SHARED_FROM",
     "SMALLEST_SHARED",
     "UNSIGNED",
-    "assign",
-    "assign_as_it_is",
+    "fill_array",
+    "fill_laid_out",
     "fill_stretch",
     "laid_over",
 ]
@@ -108,7 +108,7 @@ def fill_stretch(
         share([partial(store, at, min(PIECE, end - at), element) for at in range(address, end, PIECE)])
 
 
-def assign(array: np.ndarray, element: bytes) -> None:
+def fill_array(array: np.ndarray, element: bytes) -> None:
     """Fill a NumPy array.
 
     Parameters
@@ -121,11 +121,11 @@ def assign(array: np.ndarray, element: bytes) -> None:
     if array.nbytes >= BY_ADDRESS and not array.flags.c_contiguous:
         # In another order it may be one stretch, and with strides of 0 it may be small.
         array = laid_over(Region(array.ctypes.data, array.shape, array.strides, element))
-    assign_as_it_is(array, element)
+    fill_laid_out(array, element)
 
 
-def assign_as_it_is(array: np.ndarray, element: bytes, *, past_caches: bool = False) -> None:
-    """Fill a NumPy array that is small, or already has the fewest dimensions; see `assign` and `fill_stretch`."""
+def fill_laid_out(array: np.ndarray, element: bytes, *, past_caches: bool = False) -> None:
+    """Fill a NumPy array that is small, or already has the fewest dimensions; see `fill_array` and `fill_stretch`."""
     if array.nbytes >= BY_ADDRESS and array.flags.c_contiguous:
         fill_stretch(array.ctypes.data, array.nbytes, element, past_caches=past_caches)
     else:

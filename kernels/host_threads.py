@@ -57,7 +57,7 @@ class _Work:
         self._signal = _thread.allocate_lock()
         self._signal.acquire()
 
-    def help(self, helper: _Helper) -> None:
+    def run(self, helper: _Helper) -> None:
         """Do the second thread's part, unless the caller has finished, or the part is done."""
         if self.ended or self.taken.setdefault("by", helper) is not helper:
             return
@@ -69,17 +69,17 @@ class _Work:
         self.ended = True
         self._signal.release()
 
-    def settle(self) -> None:
+    def join(self) -> None:
         """Wait for the helper, if it has begun, and free it for other work."""
         if self.taken.setdefault("by", self) is not self and not self.ended:
             self._signal.acquire()
-        if _desk.get("work") is self:
-            del _desk["work"]
+        if _pending.get("work") is self:
+            del _pending["work"]
         self.over = True
 
 
 class _Helper:
-    """The second thread: when woken, it takes part in the work that is on the desk."""
+    """The second thread: when woken, it takes part in the work that is pending."""
 
     __slots__ = ("_alive", "_asleep", "_dismissed")
 
@@ -105,7 +105,7 @@ class _Helper:
         avoided: tuple[set[int], int] = set(), -1
         while not self._dismissed:
             self._asleep.acquire()
-            work = _desk.get("work")
+            work = _pending.get("work")
             if work is None:
                 continue
             if (work.cores, work.core) != avoided:
@@ -114,13 +114,13 @@ class _Helper:
                 # Linux believes that the host has taken the idle one away. The two would take turns, and gain nothing.
                 with contextlib.suppress(AttributeError, OSError):
                     os.sched_setaffinity(0, work.cores - {work.core})
-            work.help(self)
+            work.run(self)
             del work
         self._alive.release()
 
 
 #: The work for the helper, if there is any.
-_desk: dict[str, _Work] = {}
+_pending: dict[str, _Work] = {}
 _helper: _Helper | None = None
 
 
@@ -150,11 +150,11 @@ def share(tasks: Sequence[Task]) -> None:
     while not work.over:
         try:
             if failed is None:
-                _offer(work)
+                _submit(work)
                 for task in work.left:
                     task()
             collections.deque(work.left, maxlen=0)
-            work.settle()
+            work.join()
         except BaseException as error:
             failed = error
     failed = failed or work.error
@@ -162,10 +162,10 @@ def share(tasks: Sequence[Task]) -> None:
         raise failed
 
 
-def _offer(work: _Work) -> None:
+def _submit(work: _Work) -> None:
     """Give work to the helper, if it has no other."""
     global _helper
-    if _desk.setdefault("work", work) is work:
+    if _pending.setdefault("work", work) is work:
         if _helper is None:
             with contextlib.suppress(RuntimeError):  # the system has no thread left, or the interpreter is ending
                 _helper = _Helper()
@@ -193,14 +193,14 @@ def _current_core() -> Callable[[], int]:
 def _dismiss() -> None:
     """End the helper: a child has only the thread that forked, and Python warns if there were more."""
     global _helper
-    if _helper is not None and not _desk:
+    if _helper is not None and not _pending:
         helper, _helper = _helper, None
         helper.dismiss()
 
 
 def _begin_anew() -> None:
     global _helper
-    _desk.clear()
+    _pending.clear()
     _helper = None
 
 

@@ -140,7 +140,7 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
     give_back()
     with cuda_driver.primary_context(index):
         try:
-            with cuda_driver.any_capture_mode():  # as a pool that grows could spoil a graph on another stream
+            with cuda_driver.AnyCaptureMode():  # as a pool that grows could spoil a graph on another stream
                 # A size of 0 has no address; one byte has.
                 memory = _pool(index).allocate(nbytes or 1, stream=_stream(int(stream), index))
         except Exception as error:
@@ -208,7 +208,7 @@ def _pool(index: int) -> Any:
     from cuda.bindings import driver
     from cuda.core import DeviceMemoryResource, DeviceMemoryResourceOptions
 
-    with cuda_driver.any_capture_mode():
+    with cuda_driver.AnyCaptureMode():
         pool = DeviceMemoryResource(index, DeviceMemoryResourceOptions())
     attribute = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
     (status,) = driver.cuMemPoolSetAttribute(pool.handle, attribute, driver.cuuint64_t(RELEASE_THRESHOLD))

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.needs("numba_cuda")
 @on_standin()
 def test_devices_are_selected_by_name() -> None:
     places = [select(name) for name in ("cuda", "cuda:0", "cuda:1")]
-    assert [(place.backend, place.device, place.ordinal) for place in places] == [
+    assert [(place.backend, place.device, place.index) for place in places] == [
         ("numba", "cuda:0", 0),
         ("numba", "cuda:0", 0),
         ("numba", "cuda:1", 1),

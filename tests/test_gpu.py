@@ -66,15 +66,15 @@ class Memory:
 
     def __init__(self, place: backends.Place, nbytes: int) -> None:
         self.place, self.nbytes = place, nbytes
-        self._owner, self.address = place.module.full(nbytes, b"\xee", place.ordinal, 0)
+        self._owner, self.address = place.module.full(nbytes, b"\xee", place.index, 0)
 
     def poison(self) -> None:
-        self.place.module.fill(Region(self.address, (self.nbytes,), (1,), b"\xee"), self.place.ordinal, 0)
+        self.place.module.fill(Region(self.address, (self.nbytes,), (1,), b"\xee"), self.place.index, 0)
 
     def read(self) -> np.ndarray:
         out = np.empty(self.nbytes, np.uint8)
-        self.place.module.copy(out.ctypes.data, self.address, self.nbytes, self.place.ordinal, 0)
-        self.place.module.synchronize(self.place.ordinal, 0)
+        self.place.module.copy(out.ctypes.data, self.address, self.nbytes, self.place.index, 0)
+        self.place.module.synchronize(self.place.index, 0)
         return out
 
 
@@ -97,7 +97,7 @@ def test_every_offset_and_length(place: backends.Place, itemsize: int) -> None:
             count = length // itemsize
             memory.poison()
             region = Region(memory.address + GUARD + offset, (count,), (itemsize,), element)
-            place.module.fill(region, place.ordinal, 0)
+            place.module.fill(region, place.index, 0)
             expected = np.full(memory.nbytes, 0xEE, np.uint8)
             start = GUARD + offset
             expected[start : start + count * itemsize] = np.frombuffer(element * count, np.uint8)
@@ -121,7 +121,7 @@ def test_strided(place: backends.Place, itemsize: int, shape: tuple[int, ...], s
     steps = tuple(stride * itemsize for stride in strides)
     start = 32 << 10
     element = ELEMENTS[itemsize]
-    place.module.fill(Region(memory.address + start, shape, steps, element), place.ordinal, 0)
+    place.module.fill(Region(memory.address + start, shape, steps, element), place.index, 0)
     expected = np.full(memory.nbytes, 0xEE, np.uint8)
     view = np.ndarray(shape, f"V{itemsize}", expected.data, start, steps)
     view[...] = np.frombuffer(element, f"V{itemsize}")
