@@ -25,12 +25,11 @@ _LEGACY, _VERSIONED = b"dltensor", b"dltensor_versioned"
 _MINOR_VERSION, _FLAGS, _VERSIONED_TENSOR = 4, 24, 32
 _DTYPE = 20  # within the DLTensor
 
-_get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_get_pointer.restype = ctypes.c_void_p
-_get_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
-_is_valid.restype = ctypes.c_int
-_is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
+# Not `ctypes.pythonapi.PyCapsule_GetPointer`, whose types any other code may set as well.
+_get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
 
 
 def _word(dtype: DType, code: int) -> int:

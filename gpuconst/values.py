@@ -288,7 +288,7 @@ def _no_number(value: Any) -> TypeError:
     if getattr(value, "ndim", 0) and not isinstance(value, type):  # a class has the attributes of its instances
         return TypeError(
             f"fill_value is {type(value).__name__} of shape {tuple(value.shape)}, expected a scalar; "
-            "many values are not filled but copied, by the library that the array is of"
+            "to copy many values, assign them with the library that the array is of: x[...] = values"
         )
     if isinstance(value, type | np.flexible | np.datetime64 | np.timedelta64):
         hint = ""

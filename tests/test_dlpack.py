@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lying_capsules import DLManagedTensor, DLManagedTensorVersioned
+from lying_capsules import DLManagedTensor, DLManagedTensorVersioned, DLPackOnly
 
 import gpuconst
 from gpuconst.dlpack import read_capsule, retag
@@ -439,6 +439,13 @@ def test_the_interpreter_exits_with_live_references(run_python: Callable[..., st
 
 
 # Capsules that are not what they should be
+
+
+def test_other_code_may_call_pythons_capsule_functions_in_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes.pythonapi.PyCapsule_GetPointer, "restype", ctypes.c_int)
+    monkeypatch.setattr(ctypes.pythonapi.PyCapsule_GetPointer, "argtypes", [ctypes.c_void_p, ctypes.c_void_p])
+    array = full(3, 1, dtype="bfloat16")
+    assert gpuconst.shares_memory(DLPackOnly(array), array)
 
 
 def test_a_carrier_that_breaks_its_promise() -> None:
