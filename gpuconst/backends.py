@@ -49,7 +49,11 @@ VARIABLE = "GPUCONST_BACKEND"
 
 
 class Backend(Protocol):
-    """What a backend module offers. Streams are handles, devices indices; both are 0 on the CPU."""
+    """What a backend module offers.
+
+    Everywhere, `index` is that of the device and `stream` the handle of a stream; both are 0 on the CPU. Callers
+    vouch for addresses, and keep alive the memory that is there.
+    """
 
     def why_not(self, index: int) -> str | None:
         """Return why device `index` cannot be used through this backend, or None."""
@@ -58,22 +62,73 @@ class Backend(Protocol):
         """Return the index of the calling thread's current device."""
 
     def allocate(self, nbytes: int, index: int, stream: int) -> tuple[Any, int]:
-        """Return uninitialised memory, which lives as long as the object returned, and its address."""
+        """Return uninitialised memory, which lives as long as the object returned, and its address.
+
+        Parameters
+        ----------
+        nbytes : int
+            Bytes needed.
+        index, stream : int
+            The device, and the stream that the memory is first used on, and given back on.
+
+        Raises
+        ------
+        OutOfMemoryError
+            If the device has no room.
+        RuntimeError
+            If a CUDA graph is being captured.
+        """
 
     def carve(self, memory: Any, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        """Return an array over part of the memory, which keeps the memory alive and exports DLPack."""
+        """Return an array over part of the memory, which keeps the memory alive and exports DLPack.
+
+        Parameters
+        ----------
+        memory : object
+            From `allocate` or `full`.
+        address : int
+            Of the first element.
+        shape : tuple of int
+            Elements along each dimension.
+        dtype : numpy.dtype
+            One that the array's library can export.
+        """
 
     def full(self, nbytes: int, element: bytes, index: int, stream: int) -> tuple[Any, int]:
-        """Allocate and fill."""
+        """Return memory from `allocate`, filled with `element`, and its address."""
 
     def fill(self, region: Region, index: int, stream: int) -> None:
-        """Fill memory in place."""
+        """Fill a region of memory, in stream order."""
 
     def fill_stretch(self, address: int, nbytes: int, element: bytes, index: int, stream: int) -> None:
-        """Fill one stretch of memory in place."""
+        """Fill `nbytes` of memory from an address on, a multiple of the element's length; what most fills are."""
 
     def prepare(self, runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-        """Return a function that fills many runs in one launch, on the stream that it is given, as often as called."""
+        """Return a function that fills many runs in one launch, as often as it is called.
+
+        Parameters
+        ----------
+        runs : numpy.ndarray of RUN
+            Each of at least one byte; none intersects another.
+        strided : sequence of Region
+            The regions that are not runs, normalised.
+        index, stream : int
+            The device, and the stream on which a table of the runs is made and given back. Before the first fill
+            on another stream, wait for this one.
+
+        Returns
+        -------
+        callable
+            Takes the stream to fill on. While that is being captured into a graph, it only launches kernels, and
+            must live as long as the graph.
+
+        Raises
+        ------
+        OutOfMemoryError
+            If there is no memory for the table.
+        RuntimeError
+            If a table is needed while a graph is being captured.
+        """
 
     def copy(self, target: int, source: int, nbytes: int, index: int, stream: int) -> None:
         """Copy bytes between addresses of device `index` or the host, in stream order."""

@@ -30,77 +30,23 @@ class Filler:
         self._started: set[tuple[str, int]] = set()
 
     def full(self, nbytes: int, element: bytes, index: int, stream: int) -> tuple[Lease, int]:
-        """Return memory from `allocate`, filled with `element` in stream order, and its address.
-
-        Raises
-        ------
-        OutOfMemoryError
-            If the device has no room.
-        RuntimeError
-            If a CUDA graph is being captured.
-        """
+        """Return memory from `allocate`, filled with `element` in stream order, and its address."""
         memory, address = self._allocate(nbytes, index, stream)
         self.fill_stretch(address, nbytes, element, index, stream)
         return memory, address
 
     def fill_stretch(self, address: int, nbytes: int, element: bytes, index: int, stream: int) -> None:
-        """Fill one stretch of device memory, in stream order; the short way, which most fills take.
-
-        Parameters
-        ----------
-        address : int
-            Of the first byte. The caller vouches for it and keeps the memory alive.
-        nbytes : int
-            A multiple of the element's length.
-        element : bytes
-            The element.
-        index, stream : int
-            Index of the device; handle of the stream.
-        """
+        """Fill one stretch of device memory, in stream order."""
         if nbytes:
             self._launch(run_launch(address, nbytes, *tile(address, element)), index, stream)
 
     def fill(self, region: Region, index: int, stream: int) -> None:
-        """Fill a region of device memory, in stream order.
-
-        Parameters
-        ----------
-        region : Region
-            What to fill. The caller vouches for the addresses and keeps the memory alive.
-        index, stream : int
-            Index of the device; handle of the stream.
-        """
+        """Fill a region of device memory, in stream order."""
         for launch in region_launches(region):
             self._launch(launch, index, stream)
 
     def prepare(self, runs: np.ndarray, strided: Sequence[Region], index: int, stream: int) -> Callable[[int], None]:
-        """Prepare memory of one device to be filled any number of times.
-
-        Parameters
-        ----------
-        runs : numpy.ndarray of RUN
-            Each of at least one byte; none intersects another. The caller keeps the memory alive.
-        strided : sequence of Region
-            The regions that are not runs, normalised.
-        index : int
-            Index of the device.
-        stream : int
-            The stream on which the table of runs is made, and given back when the result is no longer used.
-            Before the first fill on another stream, wait for this one.
-
-        Returns
-        -------
-        callable
-            Fills the memory on the stream that it is given. While that stream is being captured into a graph,
-            it only launches kernels, and must then live as long as the graph.
-
-        Raises
-        ------
-        OutOfMemoryError
-            If there is no memory for the table.
-        RuntimeError
-            If a table is needed while a graph is being captured.
-        """
+        """Return a function that fills many runs in one launch, with the help of a table of them in device memory."""
         launches: list[Launch] = []
         memory = None
         if len(runs) == 1:

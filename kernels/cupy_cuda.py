@@ -106,24 +106,7 @@ def _too_old(index: int) -> str | None:
 
 
 def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
-    """Return uninitialised memory of CuPy's current pool, and its address.
-
-    Parameters
-    ----------
-    nbytes : int
-        Bytes needed.
-    index : int
-        Of the device.
-    stream : int
-        Handle of the stream that the memory is first used on, and given back on.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If the device has no room.
-    RuntimeError
-        If a CUDA graph is being captured.
-    """
+    """Return uninitialised memory of CuPy's current pool, and its address."""
     import cupy
 
     cuda_driver.refuse_capture(index, stream)
@@ -161,19 +144,7 @@ def _take(nbytes: int, index: int, stream: int) -> tuple[Any, Any]:
 
 
 def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return a CuPy array over part of the memory, which it keeps alive.
-
-    Parameters
-    ----------
-    memory : Lease
-        From `allocate` or `full`.
-    address : int
-        Of the first element.
-    shape : tuple of int
-        Elements along each dimension.
-    dtype : numpy.dtype
-        Of the elements, one that CuPy has.
-    """
+    """Return a CuPy array over part of the memory, which it keeps alive."""
     import cupy
 
     nbytes = math.prod(shape) * dtype.itemsize

@@ -1,4 +1,7 @@
-"""The CPU: memory that any consumer can take as it is, filled in the way that is fastest for its length."""
+"""The backend of the CPU: memory that any consumer can take as it is, filled in the way that its length asks for.
+
+`gpuconst.backends.Backend` describes the functions.
+"""
 
 from __future__ import annotations
 
@@ -59,49 +62,18 @@ def current_index() -> int:
 
 
 def allocate(nbytes: int, index: int, stream: int) -> tuple[Map, int]:
-    """Return uninitialised, aligned memory, and its address.
-
-    Parameters
-    ----------
-    nbytes : int
-        Bytes needed.
-    index, stream : int
-        Device and stream; the CPU has only 0.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If there is not enough memory.
-    """
+    """Return uninitialised, aligned memory, and its address."""
     memory, address, _ = reserve(nbytes)
     return memory, address
 
 
 def carve(memory: Map, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """Return a NumPy array over part of the memory, which it keeps alive.
-
-    Parameters
-    ----------
-    memory : Map
-        From `allocate` or `full`.
-    address : int
-        Of the first element.
-    shape : tuple of int
-        Elements along each dimension.
-    dtype : numpy.dtype
-        A dtype that NumPy can export.
-    """
+    """Return a NumPy array over part of the memory, which it keeps alive."""
     return np.ndarray(shape, dtype, memory, address - memory.address)
 
 
 def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int]:
-    """Return memory from `allocate`, filled with `element`, and its address.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If there is not enough memory.
-    """
+    """Return memory from `allocate`, filled with `element`, and its address."""
     memory, address, zeroed = reserve(nbytes)
     if not zeroed or any(element):
         fill_stretch(address, nbytes, element, untouched=zeroed)
@@ -109,15 +81,7 @@ def full(nbytes: int, element: bytes, index: int, stream: int) -> tuple[Map, int
 
 
 def fill(region: Region, index: int, stream: int) -> None:
-    """Fill a region of host memory.
-
-    Parameters
-    ----------
-    region : Region
-        What to fill. The caller vouches for the addresses and keeps the memory alive.
-    index, stream : int
-        Device and stream; the CPU has only 0.
-    """
+    """Fill a region of host memory."""
     if 0 not in region.shape:
         _filler(region)()
 
@@ -132,20 +96,6 @@ def prepare(runs: np.ndarray, strided: Sequence[Region], index: int, stream: int
 
     Short runs of one length are filled by one NumPy assignment through an array of addresses: 10 to 100 ns
     each, where a call for each would cost 10 times that.
-
-    Parameters
-    ----------
-    runs : numpy.ndarray of RUN
-        No two of them intersect.
-    strided : sequence of Region
-        The regions that are not runs.
-    index, stream : int
-        Device and stream; the CPU has only 0.
-
-    Returns
-    -------
-    callable
-        Takes the stream, 0.
     """
     scatters, alone = _scattered(runs) if len(runs) >= FEWEST_SCATTERED else ([], runs)
     regions = [*map(_as_region, alone.tolist()), *strided]

@@ -90,7 +90,7 @@ def fill_stretch(
     element : bytes
         The element.
     index, stream : int, optional
-        Device and stream; the CPU has only 0.
+        As for all backends; the CPU has only 0.
     untouched : bool, optional
         Whether the memory is known to be touched for the first time.
     past_caches : bool, optional

@@ -119,24 +119,7 @@ def _cannot_compile(arch: str) -> str | None:
 
 
 def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
-    """Return uninitialised memory from a pool of our own, and its address.
-
-    Parameters
-    ----------
-    nbytes : int
-        Bytes needed.
-    index : int
-        Of the device.
-    stream : int
-        Handle of the stream that the memory is first used on, and given back on.
-
-    Raises
-    ------
-    OutOfMemoryError
-        If the device has no room.
-    RuntimeError
-        If a CUDA graph is being captured.
-    """
+    """Return uninitialised memory from a pool of our own, and its address."""
     give_back()
     with cuda_driver.primary_context(index):
         try:
@@ -152,19 +135,7 @@ def allocate(nbytes: int, index: int, stream: int) -> tuple[Lease, int]:
 
 
 def carve(memory: Lease, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """Return a ``StridedMemoryView`` of part of the memory, which it keeps alive.
-
-    Parameters
-    ----------
-    memory : Lease
-        From `allocate` or `full`.
-    address : int
-        Of the first element.
-    shape : tuple of int
-        Elements along each dimension.
-    dtype : numpy.dtype
-        Of the elements, one that DLPack can name.
-    """
+    """Return a ``StridedMemoryView`` of part of the memory, which it keeps alive."""
     from cuda.core import Buffer
     from cuda.core.utils import StridedMemoryView
 
