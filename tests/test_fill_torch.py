@@ -63,7 +63,7 @@ FILLS: dict[str, Callable[[torch.Tensor], Any]] = {
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_fill_that_is_interrupted_counts_as_a_write(fill: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    stores = [(host, "fill_stretch"), (host, "assign_as_it_is")]  # of contiguous tensors, and of all others
+    stores = [(host, "fill_stretch"), (host, "fill_laid_out")]  # of contiguous tensors, and of all others
     for module, name in stores:
         monkeypatch.setattr(module, name, interrupted(getattr(module, name)))
     saved, result = saved_by_autograd()

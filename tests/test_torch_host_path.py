@@ -23,6 +23,8 @@ torch: Any = pytest.importorskip("torch", reason="torch is not installed")
 if not str(torch.version.cuda).startswith("13."):
     pytest.skip("this torch is not built for CUDA 13", allow_module_level=True)
 
+pytestmark = pytest.mark.needs("cupy", "numba_cuda")
+
 on_torch = on_standin(GPUCONST_BACKEND="cupy", STANDIN_RUNTIME=1, STANDIN_TORCH=1)
 on_torch_with_numba = on_standin(GPUCONST_BACKEND="numba", STANDIN_RUNTIME=1, STANDIN_TORCH=1)
 
