@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -261,10 +262,13 @@ def _found(name: str, kind: str, index: int, module: Backend, passed_over: dict[
         debug("backend %s passed over: %s", other, reason)
     if kind == "cpu" and passed_over and cuda_driver.is_expected():
         listed = "; ".join(f"{other}: {reason}" for other, reason in passed_over.items())
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and frame.f_globals["__name__"].startswith("gpuconst."):
+            frame, level = frame.f_back, level + 1  # to the caller's line
         warnings.warn(
             f"gpuconst fills on the CPU, although there is an NVIDIA driver: {listed}; "
             "device='cpu' says that this is meant",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=level,
         )
     return Place(name, "cpu" if kind == "cpu" else f"cuda:{index}", index, module)

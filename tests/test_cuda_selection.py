@@ -70,14 +70,22 @@ def test_a_backend_that_was_named_is_not_passed_over() -> None:
         gpuconst.full(3, 1.0)
 
 
-def check_unusable(reason: str, backend: str | None = None) -> None:
-    """Check that a named device is refused for a reason, of one backend or all, and the default one is the CPU."""
+def check_unusable(reason: str, backend: str | None = None, *, warned: bool = True) -> None:
+    """Check that a named device is refused for a reason, of one backend or all, and the default one is the CPU.
+
+    Whoever did not name a device is warned, if a GPU was to be expected.
+    """
     for device in ("cuda", "cuda:1"):
         with pytest.raises(gpuconst.DeviceUnavailableError, match=re.escape(reason)):
             gpuconst.full(3, 1.0, device=device)
     os.environ.pop("GPUCONST_BACKEND", None)
-    array = gpuconst.full(3, 1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        array = gpuconst.zeros(3)
     assert (array.device, array.backend) == ("cpu", "numpy")
+    assert [(warning.category, warning.filename) for warning in caught] == [(RuntimeWarning, __file__)] * warned
+    assert all("although there is an NVIDIA driver" in str(warning.message) for warning in caught)
+    assert all(reason in str(warning.message) for warning in caught)
     *others, numpy = gpuconst.info().backends
     assert all(reason in str(row.why_not) for row in others if backend in (None, row.name))
     assert numpy.why_not is None
@@ -90,22 +98,22 @@ def test_one_device_is_enough_for_a_backend() -> None:
 
 @on_standin(STANDIN_DEVICES=0)
 def test_no_device() -> None:
-    check_unusable("the driver finds no device")
+    check_unusable("the driver finds no device", warned=False)
 
 
 @on_standin(STANDIN_DEVICES=0)
 def test_a_card_in_mig_mode_without_an_instance_is_no_device() -> None:
-    check_unusable("or the card is in MIG mode and has no instance")
+    check_unusable("or the card is in MIG mode and has no instance", warned=False)
 
 
 @on_standin(CUDA_VISIBLE_DEVICES="MIG-c7384736-a75d-5afc-978f-d2f1294409fd")
 def test_a_mig_instance_that_is_gone() -> None:
-    check_unusable("CUDA_VISIBLE_DEVICES='MIG-c7384736")
+    check_unusable("CUDA_VISIBLE_DEVICES='MIG-c7384736", warned=False)
 
 
 @on_standin(CUDA_VISIBLE_DEVICES="")
 def test_no_visible_device() -> None:
-    check_unusable("CUDA_VISIBLE_DEVICES=''")
+    check_unusable("CUDA_VISIBLE_DEVICES=''", warned=False)
 
 
 @on_standin(STANDIN_VERSION=11080)
@@ -185,7 +193,7 @@ def test_no_driver(tmp_path: Path, run_python: Callable[..., str]) -> None:
     (tmp_path / "libcuda.so.1").touch()
     code = """
     import test_cuda_selection
-    test_cuda_selection.check_unusable("no NVIDIA driver")
+    test_cuda_selection.check_unusable("no NVIDIA driver", warned=False)
     """
     run_python(code, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
 
@@ -197,7 +205,7 @@ def test_a_driver_without_what_is_called(tmp_path: Path, run_python: Callable[..
     subprocess.run([compiler, "-shared", "-o", tmp_path / "libcuda.so.1", "-xc", os.devnull], check=True)
     code = """
     import test_cuda_selection
-    test_cuda_selection.check_unusable("undefined symbol: cuCtxPushCurrent_v2")
+    test_cuda_selection.check_unusable("undefined symbol: cuCtxPushCurrent_v2", warned=False)
     """
     run_python(code, LD_LIBRARY_PATH=str(tmp_path), PYTHONPATH=str(Path(__file__).parent))
 
