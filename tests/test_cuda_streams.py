@@ -317,8 +317,8 @@ def test_memory_is_given_back_although_a_stream_that_used_it_is_gone() -> None:
 
 @on_standin()
 def test_to_numpy_copies_in_stream_order_and_waits() -> None:
-    stream = new_stream()
-    array = gpuconst.full(10, 1.0, device="cuda", stream=stream)
+    stream = new_stream(1)
+    array = gpuconst.full(10, 1.0, device="cuda:1", stream=stream)
     array.to_numpy()
     _, copy, wait = between("launch", *FENCES)
     assert copy == f"cuMemcpyAsync nbytes=40 stream={stream:#x}"
