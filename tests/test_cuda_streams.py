@@ -23,9 +23,10 @@ from cuda_standin import (
     new_stream,
     on_standin,
 )
-from lying_capsules import DLPackOnly
+from lying_capsules import IS_COPIED, DLPackOnly
 
 import gpuconst
+from gpuconst.dlpack import read_capsule
 from gpuconst.kernels import cuda_driver
 
 pytestmark = pytest.mark.needs("numba_cuda")
@@ -323,6 +324,32 @@ def test_to_numpy_copies_in_stream_order_and_waits() -> None:
     _, copy, wait = between("launch", *FENCES)
     assert copy == f"cuMemcpyAsync nbytes=40 stream={stream:#x}"
     assert wait == f"cuStreamSynchronize stream={stream:#x}"
+
+
+@on_standin()
+def test_a_copy_on_the_device_is_made_in_stream_order_and_its_consumer_waits() -> None:
+    producer, consumer = new_stream(1), new_stream(1)
+    array = gpuconst.full(10, 1.0, device="cuda:1", stream=producer)
+    before = calls("cuMemAllocFromPoolAsync")
+    capsule = array.__dlpack__(copy=True, stream=consumer, max_version=(1, 1))
+    (allocated,) = calls("cuMemAllocFromPoolAsync")[len(before) :]
+    copy, record, wait = between("cuMemcpyAsync", *FENCES)
+    assert allocated == f"cuMemAllocFromPoolAsync nbytes=40 stream={producer:#x}"
+    assert copy == f"cuMemcpyAsync nbytes=40 stream={producer:#x}"
+    assert record.endswith(f" stream={producer:#x}")
+    assert wait.startswith(f"cuStreamWaitEvent stream={consumer:#x} ")
+    tensor, flags = read_capsule(capsule)
+    assert (tensor.device_type, tensor.device_id, flags) == (*array.__dlpack_device__(), IS_COPIED)
+    assert {tensor.data, array.data_ptr()} <= set(alive("m"))
+    assert tensor.data != array.data_ptr()
+    assert ctypes.string_at(tensor.data, array.nbytes) == array.to_numpy().tobytes()
+    del array
+    before = calls(*FENCES, "cuMemFreeAsync")
+    del capsule
+    record, wait, free = calls(*FENCES, "cuMemFreeAsync")[len(before) :]
+    assert record.endswith(f" stream={consumer:#x}")
+    assert wait.startswith(f"cuStreamWaitEvent stream={producer:#x} ")
+    assert free == f"cuMemFreeAsync stream={producer:#x}"
 
 
 @on_standin()
