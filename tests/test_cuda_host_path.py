@@ -6,6 +6,7 @@ so shows how a backend is passed over. In `test_cupy_host_path` it gets another 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 from collections.abc import Callable
@@ -24,9 +25,11 @@ from cuda_standin import (
     new_stream,
     on_standin,
 )
+from lying_capsules import IS_COPIED
 
 import gpuconst
 from gpuconst.backends import select
+from gpuconst.dlpack import read_capsule
 from gpuconst.kernels import runs
 from gpuconst.kernels.runs import BLOCK, CHUNK
 
@@ -122,6 +125,18 @@ def test_a_plan_uploads_its_table_once() -> None:
         assert calls("cuMemcpyAsync")[len(uploads) :] == uploads_of_fill_many
         assert [float(array.to_numpy()[-1]) for array in arrays] == [1.0, 2.0, 3.0]
         uploads = [*uploads, *uploads_of_fill_many]
+
+
+@on_standin()
+def test_a_copy_for_a_consumer_on_the_host() -> None:
+    array = gpuconst.full((3, 5), 1.5, device="cuda:1")
+    on_devices = alive("m")
+    np.testing.assert_array_equal(np.from_dlpack(array, device="cpu"), np.full((3, 5), 1.5))
+    tensor, flags = read_capsule(capsule := array.__dlpack__(dl_device=(1, 0), max_version=(1, 1)))
+    assert (tensor.device_type, tensor.device_id, flags) == (1, 0, IS_COPIED)
+    assert alive("m") == on_devices
+    assert ctypes.string_at(tensor.data, array.nbytes) == array.to_numpy().tobytes()
+    del capsule
 
 
 # Errors, and what is left behind.
