@@ -139,6 +139,18 @@ def test_a_copy_for_a_consumer_on_the_host() -> None:
     del capsule
 
 
+@on_standin()
+def test_an_export_that_is_not_possible_copies_nothing() -> None:
+    array = gpuconst.full(10, 1.0, device="cuda:1")
+    with pytest.raises(gpuconst.CopyNeededError, match="memory of cuda:1 cannot be read as host memory"):
+        array.__dlpack__(dl_device=(1, 0), copy=False)
+    with pytest.raises(BufferError, match=r"from DLPack device \(2, 1\) to \(2, 0\); only to \(2, 1\) or \(1, 0\)$"):
+        array.__dlpack__(dl_device=(2, 0))
+    with pytest.raises(ValueError, match="stream=0 is no CUDA stream number of DLPack"):
+        array.__dlpack__(dl_device=(1, 0), stream=0)
+    assert not calls("cuMemcpyAsync")
+
+
 # Errors, and what is left behind.
 
 
