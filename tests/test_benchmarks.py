@@ -109,7 +109,7 @@ def test_table_has_every_row_and_peer_with_losing_ones(results: Results) -> None
 
 def test_table_says_who_was_missing_and_that_others_were_busy(results: Results) -> None:
     case = results.cases["creation"]
-    case.rows[0].missing["cupy.full"] = "No module named 'cupy'"
+    case.rows[1].missing["cupy.full"] = "No module named 'cupy'"
     case.busy = BUSY * 2
     text = case_table(case)
     assert "Without cupy.full: No module named 'cupy'." in text
