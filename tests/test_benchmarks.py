@@ -128,6 +128,18 @@ def test_summary_shows_the_worst_row_too(results: Results) -> None:
     assert "1 of 2" in line
 
 
+@pytest.mark.parametrize(("found", "count"), [((1.004, 0.9, 1.1), "1 of 1"), ((1.006, 0.9, 1.1), "0 of 1")])
+def test_summary_counts_a_row_as_its_cell_shows_it(
+    results: Results, found: tuple[float, float, float], count: str
+) -> None:
+    (row, _) = results.cases["creation"].rows
+    row.ratios["full"] = {"np.full": Summary(*found, 9)}
+    results.cases["creation"].rows = [row]
+    line = summary_table(results).splitlines()[-1]
+    assert count in line
+    assert ("**" in line) == (count == "0 of 1")
+
+
 def test_peer_that_does_less_is_shown_but_is_no_rival(results: Results) -> None:
     row = results.cases["creation"].rows[0]
     assert row.fastest("full") == "np.full"
