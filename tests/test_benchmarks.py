@@ -352,21 +352,26 @@ class _Recorder:
 
     asked: list[tuple[int, int, str]] = []
     environments: dict[str, Mapping[str, str]] = {}
+    packages: list[str] = []
     started = 0
-    missing = ""
+    missing = failing = ""
+    takes = {"ours": 1.0, "A": 2.0, "B": 4.0}
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         type(self).started += 1
         self._environment = environment
         self._number = self.started
+        self.packages.append(environment["PYTHONPATH"].split(os.pathsep)[0])
 
     def ask(self, do: str, **arguments: Any) -> float:
         if do == "prepare" and arguments["contender"] == self.missing:
             raise MissingError("it is not here")
+        if do == "prepare" and arguments["contender"] == self.failing:
+            raise RuntimeError("it fills with 2\nand its traceback follows")
         if do == "sample":
             self.asked.append((self._number, arguments["row"], arguments["contender"]))
             self.environments[arguments["contender"]] = self._environment
-        return 1.0
+        return self.takes.get(arguments.get("contender", ""), 0.0)
 
     def __enter__(self) -> "_Recorder":
         return self
@@ -376,38 +381,47 @@ class _Recorder:
 
 
 def _turns(
-    monkeypatch: pytest.MonkeyPatch, fresh: bool, missing: str = "", of_a: Mapping[str, str] | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    fresh: bool,
+    missing: str = "",
+    failing: str = "",
+    of_a: Mapping[str, str] | None = None,
+    compared: Mapping[str, Path] | None = None,
 ) -> tuple[CaseResult, list[tuple[int, int, str]]]:
-    """Run a case of two rows and two rounds, and return it with the turns: process, row and contender."""
+    """Run a case of two rows and three rounds, and return it with the turns: process, row and contender."""
     contenders = [
         Contender("ours", lambda: list, ours=True),
         Contender("A", lambda: list, environment=of_a or {}),
         Contender("B", lambda: list, beside=True),
     ]
-    rows = [Row(label, contenders, environment={"OF_ROWS": "1"}) for label in ("0", "1")]
+    rows = [Row(label, contenders, x=3, nbytes=12, environment={"OF_ROWS": "1"}) for label in ("0", "1")]
     case = Case("A case", lambda _: rows, fresh=fresh)
-    monkeypatch.setattr(harness, "load", lambda _: dataclasses.replace(case, rounds=2))
+    monkeypatch.setattr(harness, "load", lambda _: dataclasses.replace(case, rounds=3))
     monkeypatch.setattr(harness, "FEWEST_ROUNDS", 2)
     monkeypatch.setattr(harness, "Worker", _Recorder)
     monkeypatch.setattr(_Recorder, "asked", [])
     monkeypatch.setattr(_Recorder, "environments", {})
+    monkeypatch.setattr(_Recorder, "packages", [])
     monkeypatch.setattr(_Recorder, "started", 0)
     monkeypatch.setattr(_Recorder, "missing", missing)
-    found = harness.run_case("a_case", {"": Path()}, quick=False, gpu=False, busy=0.0, progress=lambda *_: None)
+    monkeypatch.setattr(_Recorder, "failing", failing)
+    found = harness.run_case(
+        "a_case", compared or {"": Path()}, quick=False, gpu=False, busy=0.25, progress=lambda *_: None
+    )
     return found, _Recorder.asked
 
 
 def test_contenders_take_turns_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     found, turns = _turns(monkeypatch, fresh=False)
-    # A round to warm up, then two that count.
-    assert turns == [(1, row, who) for row in (0, 1) for _ in range(3) for who in ("ours", "A", "B")]
-    assert {each.samples for row in found.rows for each in row.measured.values()} == {2}
+    # A round to warm up, then three that count: as many as the case allows, since they are short.
+    assert turns == [(1, row, who) for row in (0, 1) for _ in range(4) for who in ("ours", "A", "B")]
+    assert {each.samples for row in found.rows for each in row.measured.values()} == {3}
     assert [(row.ours, row.beside) for row in found.rows] == [(["ours"], ["B"])] * 2
 
 
 def test_contenders_take_turns_with_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     _, turns = _turns(monkeypatch, fresh=True)
-    order = [who for _ in range(2) for who in ("ours", "A", "B")]
+    order = [who for _ in range(3) for who in ("ours", "A", "B")]
     assert turns == [(number, row, who) for number, who in enumerate(order, 1) for row in (0, 1)]
 
 
@@ -417,6 +431,16 @@ def test_who_is_missing_is_remarked_and_takes_no_turn(monkeypatch: pytest.Monkey
     assert {who for _, _, who in turns} == {"ours", "B"}
     assert [row.missing for row in found.rows] == [{"A": "it is not here"}] * 2
     assert [list(row.ratios["ours"]) for row in found.rows] == [["B"]] * 2
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_result_is_what_each_took_and_ours_divided_by_each_peer(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    found, _ = _turns(monkeypatch, fresh)
+    assert (found.title, found.busy) == ("A case", 0.25)
+    assert [(row.label, row.x, row.nbytes) for row in found.rows] == [("0", 3, 12), ("1", 3, 12)]
+    for row in found.rows:
+        assert {who: each.median for who, each in row.measured.items()} == _Recorder.takes
+        assert {peer: each.median for peer, each in row.ratios["ours"].items()} == {"A": 0.5, "B": 0.25}
 
 
 @pytest.mark.parametrize("fresh", [True, False])
