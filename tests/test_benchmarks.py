@@ -444,6 +444,15 @@ def test_result_is_what_each_took_and_ours_divided_by_each_peer(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("fresh", [True, False])
+def test_only_a_peer_may_fail(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    found, turns = _turns(monkeypatch, fresh, failing="A")
+    assert {who for _, _, who in turns} == {"ours", "B"}
+    assert [row.missing for row in found.rows] == [{"A": "it fills with 2"}] * 2
+    with pytest.raises(RuntimeError, match="it fills with 2"):
+        _turns(monkeypatch, fresh, failing="ours")
+
+
+@pytest.mark.parametrize("fresh", [True, False])
 def test_contender_has_the_variables_of_its_row_and_its_own(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
     _turns(monkeypatch, fresh, of_a={"OF_A": "2"})
     found = {who: (each.get("OF_ROWS"), each.get("OF_A")) for who, each in _Recorder.environments.items()}
