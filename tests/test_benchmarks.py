@@ -453,6 +453,14 @@ def test_only_a_peer_may_fail(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> N
 
 
 @pytest.mark.parametrize("fresh", [True, False])
+def test_each_revision_runs_its_own_package(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    found, turns = _turns(monkeypatch, fresh, compared={"": Path("new"), "HEAD": Path("old")})
+    rounds = 3 if fresh else 4  # with one to warm up
+    assert [_Recorder.packages[number - 1] for number, row, _ in turns if row == 0] == ["new", "old"] * rounds
+    assert [(row.ours, list(row.ratios["ours"])) for row in found.rows] == [(["ours"], ["ours @ HEAD"])] * 2
+
+
+@pytest.mark.parametrize("fresh", [True, False])
 def test_contender_has_the_variables_of_its_row_and_its_own(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
     _turns(monkeypatch, fresh, of_a={"OF_A": "2"})
     found = {who: (each.get("OF_ROWS"), each.get("OF_A")) for who, each in _Recorder.environments.items()}
