@@ -128,6 +128,19 @@ def test_a_plan_uploads_its_table_once() -> None:
 
 
 @on_standin()
+def test_what_the_cuda_array_interface_says() -> None:
+    array = gpuconst.full((3, 5), 1, dtype="int16", device="cuda:1")
+    assert array.__cuda_array_interface__ == {
+        "shape": (3, 5),
+        "typestr": "<i2",
+        "data": (array.data_ptr(), False),
+        "version": 3,
+        "stream": 1,
+    }
+    assert not hasattr(gpuconst.ones(3, dtype="bfloat16", device="cuda"), "__cuda_array_interface__")
+
+
+@on_standin()
 def test_a_copy_for_a_consumer_on_the_host() -> None:
     array = gpuconst.full((3, 5), 1.5, device="cuda:1")
     on_devices = alive("m")
