@@ -264,10 +264,11 @@ def test_cupys_current_stream_outlives_what_it_has_to_wait_for() -> None:
     assert calls("cuEventRecord")[-1].endswith(f"stream={handle:#x}")
 
 
+@pytest.mark.parametrize("index", [0, 1])
 @on_cupy
-def test_a_stream_on_which_cupy_took_an_array_outlives_its_memory() -> None:
-    array = gpuconst.full(10, 1.0, device="cuda:0")
-    with cupy.cuda.Stream(non_blocking=True) as stream:
+def test_a_stream_on_which_cupy_took_an_array_outlives_its_memory(index: int) -> None:
+    array = gpuconst.full(10, 1.0, device=f"cuda:{index}")
+    with cupy.cuda.Device(index), cupy.cuda.Stream(non_blocking=True) as stream:
         handle = stream.ptr
         gpuconst.fill(array, 2.0, stream=handle)  # a number keeps nothing alive
         shared = array.to_cupy()
