@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+import gc
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, harness, report, trees
+from benchmarks import cases, harness, report, trees, worker
 from benchmarks.cases import cuda_time
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import check_filled
@@ -473,6 +474,25 @@ def test_worker_says_what_failed(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match=r"^ModuleNotFoundError: .*no_such_case'\n"):
             worker.ask("prepare", case="no_such_case", row=0, contender="", quick=True)
         worker.ask("forget")  # it goes on
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., worker._Worker]]:
+    """Return a function that returns a worker, in this process, of a case with one row of given contenders."""
+
+    def started(*contenders: Contender, check: Callable[[Any], None] | None = None) -> worker._Worker:
+        case = Case("A case", lambda _: [Row("a row", contenders)], check=check)
+        monkeypatch.setattr(worker, "load", lambda _: case)
+        return worker._Worker()
+
+    yield started
+    gc.unfreeze()
+
+
+def test_worker_checks_what_a_contender_makes(serve: Callable[..., worker._Worker]) -> None:
+    served = serve(Contender("A", lambda: lambda: np.zeros(3, np.float32)), check=check_filled)
+    with pytest.raises(AssertionError, match="found 0.0"):
+        served.prepare("a_case", 0, "A", quick=True)
 
 
 def test_failure_begins_with_what_is_wrong() -> None:
