@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -493,6 +494,23 @@ def test_worker_checks_what_a_contender_makes(serve: Callable[..., worker._Worke
     served = serve(Contender("A", lambda: lambda: np.zeros(3, np.float32)), check=check_filled)
     with pytest.raises(AssertionError, match="found 0.0"):
         served.prepare("a_case", 0, "A", quick=True)
+
+
+def test_sample_is_the_seconds_of_one_of_many_calls(serve: Callable[..., worker._Worker]) -> None:
+    lasts, calls = 2e-5, itertools.count()
+
+    def run() -> None:
+        end = time.perf_counter() + lasts
+        next(calls)
+        while time.perf_counter() < end:
+            pass
+
+    served = serve(Contender("A", lambda: run), check=lambda _: None)
+    served.prepare("a_case", 0, "A", quick=True)
+    before = next(calls)
+    samples = [served.sample("a_case", 0, "A", quick=True) for _ in range(5)]
+    assert lasts <= min(samples) < 2 * lasts
+    assert next(calls) - before > 5 * 3
 
 
 def test_failure_begins_with_what_is_wrong() -> None:
