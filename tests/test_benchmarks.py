@@ -513,6 +513,23 @@ def test_sample_is_the_seconds_of_one_of_many_calls(serve: Callable[..., worker.
     assert next(calls) - before > 5 * 3
 
 
+def test_contender_has_its_number_of_threads(serve: Callable[..., worker._Worker]) -> None:
+    def make() -> Callable[[], float]:
+        prepared = torch.get_num_threads()
+        return lambda: prepared * 100 + torch.get_num_threads()
+
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    asked = {"all cores": None, "one": 1, "more": cores + 1}
+    served = serve(*(Contender(name, make, threads=threads) for name, threads in asked.items()))
+    try:
+        for name in asked:
+            served.prepare("a_case", 0, name, quick=True)
+        found = [served.sample("a_case", 0, name, quick=True) for name in asked]
+    finally:
+        torch.set_num_threads(before)
+    assert found == [101 * threads for threads in (cores, 1, cores + 1)]
+
+
 def test_failure_begins_with_what_is_wrong() -> None:
     failed = failure(RuntimeError("\nthere is no compiler\n\nSet VERBOSE=1 for more\n"))
     assert failed["error"].startswith("RuntimeError: there is no compiler\n")
