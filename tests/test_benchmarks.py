@@ -293,6 +293,14 @@ def test_check_sees_a_wrong_value_and_dtype() -> None:
         check_filled(np.full(3, 1.1))
 
 
+@pytest.mark.needs("jax", "tensorflow")
+@pytest.mark.parametrize("name", ["creation", "fill"])
+def test_contenders_fill_as_many_bytes_as_the_row_says(name: str) -> None:
+    row = cases.load(name).rows(True)[-1]
+    filled = {each.name: np.asarray(each.make(**row.arguments)()).nbytes for each in row.contenders}
+    assert filled == dict.fromkeys(filled, row.nbytes)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("itemsize", DTYPES)
 @pytest.mark.parametrize("nbytes", [16, 64, 4096])
