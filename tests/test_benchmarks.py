@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import cases, harness, report, trees, worker
-from benchmarks.cases import cuda_time
+from benchmarks.cases import cuda_time, first_touch
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import check_filled
 from benchmarks.contest import Case, Contender, MissingError, Row
@@ -299,6 +300,28 @@ def test_contenders_fill_as_many_bytes_as_the_row_says(name: str) -> None:
     row = cases.load(name).rows(True)[-1]
     filled = {each.name: np.asarray(each.make(**row.arguments)()).nbytes for each in row.contenders}
     assert filled == dict.fromkeys(filled, row.nbytes)
+
+
+def test_arrays_that_are_kept_are_checked_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_touch, "_kept", [])
+    count = 100
+    made: list[weakref.ref[np.ndarray]] = []
+    wrong: list[int] = []
+
+    def full(nbytes: int) -> np.ndarray:
+        array = np.full(nbytes // 4, 2.0 if len(made) in wrong else 1.1, np.float32)
+        made.append(weakref.ref(array))
+        return array
+
+    contender = first_touch.keeping(Contender("A", lambda nbytes: functools.partial(full, nbytes)))
+    measure = contender.make(nbytes=4096, count=count)
+    start = time.perf_counter()
+    assert 0 < measure() * count <= time.perf_counter() - start
+    assert all(array() is not None for array in made)
+    wrong += [len(made), len(made) + 2 * count - 1]  # the first of a sample, and the last of another
+    for _ in wrong:
+        with pytest.raises(AssertionError, match="found 2.0"):
+            measure()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
