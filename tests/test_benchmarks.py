@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import cases, harness, report, trees, worker
-from benchmarks.cases import cuda_time, first_touch
+from benchmarks.cases import cuda_time, first_touch, many_new
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import check_filled
 from benchmarks.contest import Case, Contender, MissingError, Row
@@ -322,6 +322,19 @@ def test_arrays_that_are_kept_are_checked_and_stay(monkeypatch: pytest.MonkeyPat
     for _ in wrong:
         with pytest.raises(AssertionError, match="found 2.0"):
             measure()
+
+
+def test_check_of_many_sees_a_wrong_one() -> None:
+    asked: list[int] = []
+
+    def maker(lengths: dict[str, tuple[int, float]], as_torch: bool) -> dict[str, Any]:
+        asked.append(len({value for _, value in lengths.values()}))
+        return {name: np.full(length, 1.1, np.float32) for name, (length, _) in lengths.items()}
+
+    many_new._measured(maker)(count=10, different=1, as_torch=False)()
+    with pytest.raises(AssertionError, match=r"expected 768 times 2\.1"):
+        many_new._measured(maker)(count=10, different=10, as_torch=False)()
+    assert asked == [1, 1, 1, 10]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
