@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import cases, harness, report, trees, worker
-from benchmarks.cases import cuda_time, first_touch, many_new
+from benchmarks.cases import cuda_time, first_touch, many_existing, many_new
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import check_filled
 from benchmarks.contest import Case, Contender, MissingError, Row
@@ -335,6 +335,19 @@ def test_check_of_many_sees_a_wrong_one() -> None:
     with pytest.raises(AssertionError, match=r"expected 768 times 2\.1"):
         many_new._measured(maker)(count=10, different=10, as_torch=False)()
     assert asked == [1, 1, 1, 10]
+
+
+def test_check_of_existing_tensors_sees_each_element() -> None:
+    tensors = many_existing.poisoned(3, 5)
+    assert all((tensor == -7.0).all() for tensor in tensors)
+    for tensor, value in zip(tensors, many_existing.values(3), strict=True):
+        tensor.fill_(value)
+    many_existing.check_each((tensors, many_existing.values(3)))
+    for wrong in (-7.0, 700.0):
+        tensors[1][4] = wrong
+        with pytest.raises(AssertionError, match="filled with something else"):
+            many_existing.check_each((tensors, many_existing.values(3)))
+    assert all((tensor == -7.0).all() for tensor in many_existing.poisoned(3, 5))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
