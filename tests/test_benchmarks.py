@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cases, harness, report, trees, worker
+from benchmarks import cases, harness, machine, report, trees, worker
 from benchmarks.cases import cuda_time, first_touch, many_existing, many_new
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import check_filled
@@ -595,6 +595,16 @@ def test_failure_begins_with_what_is_wrong() -> None:
 def test_worker_that_ends_says_so(tmp_path: Path) -> None:
     with Worker({**os.environ, "PYTHONPATH": str(tmp_path)}) as worker, pytest.raises(RuntimeError, match="benchmarks"):
         worker.ask("forget")
+
+
+def test_busy_is_what_was_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_ticks", iter([(100, 400), (130, 500)]).__next__)
+    assert machine.busy(0) == 0.7
+    monkeypatch.undo()
+    before, after = machine._ticks(), machine._ticks()
+    if before is None or after is None:
+        pytest.skip("only Linux counts ticks")
+    assert 0 < before[0] <= after[0] <= after[1]
 
 
 # The command line.
