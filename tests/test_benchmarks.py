@@ -21,7 +21,7 @@ import torch
 from benchmarks import cases, harness, machine, report, trees, worker
 from benchmarks.cases import cuda_time, first_touch, many_existing, many_new
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
-from benchmarks.cases.peers import check_filled
+from benchmarks.cases.peers import TORCH, TORCH_EMPTY, check_filled
 from benchmarks.contest import Case, Contender, MissingError, Row
 from benchmarks.plot import plot_growth, plot_ratios
 from benchmarks.processes import Worker, environment
@@ -292,6 +292,13 @@ def test_check_sees_a_wrong_value_and_dtype() -> None:
         check_filled(np.array([1.1, 1.0], np.float32))
     with pytest.raises(AssertionError, match="float64"):
         check_filled(np.full(3, 1.1))
+
+
+def test_torch_takes_part_on_one_thread_on_two_and_on_all_cores() -> None:
+    cores = max(2, len(os.sched_getaffinity(0)))
+    threads = {each.name: each.threads for each in (*TORCH, TORCH_EMPTY)}
+    full = {"torch.full, 1 thread": 1, "torch.full, 2 threads": 2, f"torch.full, {cores} threads": cores}
+    assert threads == {**full, f"torch.empty().fill_, {cores} threads": cores}
 
 
 @pytest.mark.needs("jax", "tensorflow")
