@@ -594,6 +594,13 @@ def test_contender_has_its_number_of_threads(serve: Callable[..., worker._Worker
     assert found == [101 * threads for threads in (cores, 1, cores + 1)]
 
 
+def test_an_import_that_fails_in_gpuconst_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "gpuconst").mkdir()
+    (tmp_path / "gpuconst" / "__init__.py").write_text("import gpuconst.no_such_part")
+    with Worker(environment(tmp_path, False, {})) as started, pytest.raises(RuntimeError, match="no_such_part"):
+        started.ask("prepare", case="creation", row=0, contender="gpuconst.full", quick=True)
+
+
 def test_failure_begins_with_what_is_wrong() -> None:
     failed = failure(RuntimeError("\nthere is no compiler\n\nSet VERBOSE=1 for more\n"))
     assert failed["error"].startswith("RuntimeError: there is no compiler\n")
