@@ -185,6 +185,33 @@ def test_plots_are_the_same_for_the_same_results(results: Results, tmp_path: Pat
         assert b"</svg>" in files[0].read_bytes()
 
 
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return the figures that are drawn from now on."""
+    from matplotlib import pyplot
+
+    figures: list[Any] = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    return figures
+
+
+def test_plots_have_the_medians_by_size(results: Results, drawn: list[Any], tmp_path: Path) -> None:
+    rows = results.cases["creation"].rows
+    rows.reverse()
+    rows[1].measured["np.full"] = Summary(1e-6, 5e-7, 2e-6, 9)
+    rows[1].ratios["full"]["np.full"] = Summary(2.0, 0.5, 3.0, 9)
+    plot_ratios(results, tmp_path / "ratios.svg")
+    plot_growth(results, tmp_path / "growth.svg")
+    ratios, growth = (
+        {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].get_lines()} for figure in drawn
+    )
+    assert ratios["np.full"] == [[1024, 2.0], [2**20, 0.3333]]
+    assert ratios["torch.full"] == [[1024, 0.5], [2**20, 0.5]]
+    assert growth["np.full"] == [[1024, 1e-6 / 1024], [2**20, 3e-5 / 2**20]]
+    assert growth["full"] == [[1024, 2e-6 / 1024], [2**20, 1e-5 / 2**20]]
+    assert drawn[0].axes[0].get_ylabel() == "full / peer (below 1: ahead)"
+
+
 def test_nothing_to_plot_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_ratios(Results({}), tmp_path / "plot.svg")
