@@ -528,6 +528,13 @@ def test_who_is_missing_is_remarked_and_takes_no_turn(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("fresh", [True, False])
+def test_gpuconst_may_be_missing(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    found, _ = _turns(monkeypatch, fresh, missing="ours")
+    assert [(row.ours, row.ratios, list(row.measured)) for row in found.rows] == [([], {}, ["A", "B"])] * 2
+    assert "Without ours: it is not here." in case_table(found)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
 def test_result_is_what_each_took_and_ours_divided_by_each_peer(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
     found, _ = _turns(monkeypatch, fresh)
     assert (found.title, found.busy) == ("A case", 0.25)
