@@ -568,6 +568,12 @@ def test_contender_has_the_variables_of_its_row_and_its_own(monkeypatch: pytest.
     assert found == {"ours": ("1", None), "A": ("1", "2"), "B": ("1", None)}
 
 
+def test_a_worker_sees_gpus_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert environment(Path(), False, {})["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in environment(Path(), True, {})
+
+
 def test_worker_says_what_failed(tmp_path: Path) -> None:
     tree = trees.snapshot(None, tmp_path / "tree")
     with Worker(environment(tree, False, {})) as worker:
