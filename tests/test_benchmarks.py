@@ -372,7 +372,19 @@ def test_check_of_many_sees_a_wrong_one() -> None:
     assert asked == [1, 1, 1, 10]
 
 
+@pytest.mark.parametrize(
+    "maker",
+    [many_new._gpuconst, many_new._gpuconst_loop, many_new._numpy, many_new._torch],
+    ids=lambda m: str(m.__name__),
+)
+def test_tensors_are_made_where_they_are_asked_for(maker: many_new.Maker) -> None:
+    made = maker({"a": (3, 1.5)}, True)["a"]
+    assert isinstance(made, torch.Tensor)
+    assert made.tolist() == [1.5] * 3
+
+
 def test_check_of_existing_tensors_sees_each_element() -> None:
+    assert len(set(many_existing.values(3))) == 3
     tensors = many_existing.poisoned(3, 5)
     assert all((tensor == -7.0).all() for tensor in tensors)
     for tensor, value in zip(tensors, many_existing.values(3), strict=True):
