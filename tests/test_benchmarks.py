@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import cases, harness, machine, report, trees, worker
-from benchmarks.cases import cuda_time, first_touch, many_existing, many_new
+from benchmarks.cases import cuda_time, first_touch, handover, many_existing, many_new
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import TORCH, TORCH_EMPTY, check_filled
 from benchmarks.contest import Case, Contender, MissingError, Row
@@ -381,6 +381,14 @@ def test_tensors_are_made_where_they_are_asked_for(maker: many_new.Maker) -> Non
     made = maker({"a": (3, 1.5)}, True)["a"]
     assert isinstance(made, torch.Tensor)
     assert made.tolist() == [1.5] * 3
+
+
+@pytest.mark.needs("jax", "tensorflow")
+@pytest.mark.parametrize("step", handover._STEPS)
+def test_both_sides_are_handed_over_as_the_same(step: str) -> None:
+    ours, theirs = (each.make(step)() for each in handover.CASE.rows(True)[0].contenders)
+    assert type(ours) is type(theirs)
+    assert getattr(ours, "dtype", None) == getattr(theirs, "dtype", None)
 
 
 def test_check_of_existing_tensors_sees_each_element() -> None:
