@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks import cases, harness, machine, report, trees, worker
-from benchmarks.cases import cuda_time, first_touch, handover, many_existing, many_new
+from benchmarks.cases import cuda_time, fill, first_touch, handover, many_existing, many_new
 from benchmarks.cases.cuda_memory import DTYPES, LAYOUTS, Rotation
 from benchmarks.cases.peers import TORCH, TORCH_EMPTY, check_filled
 from benchmarks.contest import Case, Contender, MissingError, Row
@@ -389,6 +389,13 @@ def test_both_sides_are_handed_over_as_the_same(step: str) -> None:
     ours, theirs = (each.make(step)() for each in handover.CASE.rows(True)[0].contenders)
     assert type(ours) is type(theirs)
     assert getattr(ours, "dtype", None) == getattr(theirs, "dtype", None)
+
+
+def test_memory_holds_another_value_before_it_is_filled() -> None:
+    for _ in range(2):
+        memory = fill.poisoned(64)
+        assert (memory == -7.0).all()
+        memory.fill(1.1)
 
 
 def test_check_of_existing_tensors_sees_each_element() -> None:
