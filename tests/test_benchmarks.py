@@ -280,6 +280,13 @@ def test_rows_are_well_formed(name: str, quick: bool) -> None:
         assert any(row.x for row in rows)
 
 
+def test_only_contenders_that_check_their_work_are_not_checked() -> None:
+    """They return figures of their own: of all arrays that are made, of their memory, or of a whole process."""
+    unchecked = {name for name in cases.CPU if cases.load(name).check is None}
+    memory = {"memory", "keras_memory"}
+    assert unchecked == {"first_touch", "jax_first_touch", "many_new", "torch_modules", "startup"} | memory
+
+
 def _quick(name: str, gpu: bool, folder: Path) -> CaseResult:
     told: list[float] = []
     tree = {"": trees.snapshot(None, folder / "tree")}
