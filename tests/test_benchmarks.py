@@ -287,6 +287,13 @@ def test_only_contenders_that_check_their_work_are_not_checked() -> None:
     assert unchecked == {"first_touch", "jax_first_touch", "many_new", "torch_modules", "startup"} | memory
 
 
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("name", ["first_touch", "creation", "fill"])
+def test_speed_is_that_of_one_array(name: str, quick: bool) -> None:
+    for row in cases.load(name).rows(quick):
+        assert row.x == row.nbytes == row.arguments["nbytes"]
+
+
 def _quick(name: str, gpu: bool, folder: Path) -> CaseResult:
     told: list[float] = []
     tree = {"": trees.snapshot(None, folder / "tree")}
