@@ -479,6 +479,17 @@ def test_gpu_time_taken_again_is_that_of_other_buffers(monkeypatch: pytest.Monke
     assert slept == [3 * cycles for cycles in cuda_time._CYCLES_A_CALL]
 
 
+def test_gpu_time_of_a_call_waits_for_the_device_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lasts, number = 0.001, 20
+    pause = functools.partial(time.sleep, lasts)
+    cuda = SimpleNamespace(synchronize=pause)
+    monkeypatch.setattr(cuda_time, "torch_cuda", lambda: SimpleNamespace(cuda=cuda))
+    assert lasts <= cuda_time.total_seconds(list, number) < number * lasts
+    assert lasts <= cuda_time.total_seconds(list, number, wait=lambda _: pause()) < number * lasts
+    assert lasts <= cuda_time.host_seconds(pause, number) < number * lasts
+    assert cuda_time.host_seconds(list, number) < lasts
+
+
 # The harness.
 
 
