@@ -490,6 +490,18 @@ def test_gpu_time_of_a_call_waits_for_the_device_where_it_says_so(monkeypatch: p
     assert cuda_time.host_seconds(list, number) < lasts
 
 
+def test_gpu_contenders_need_room_and_name_their_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(mem_get_info=lambda: (200, 1000))
+    monkeypatch.setattr(cuda_time, "torch_cuda", lambda: SimpleNamespace(cuda=cuda))
+    cuda_time.need(100)
+    with pytest.raises(MissingError, match="are free on the card"):
+        cuda_time.need(101)
+    both = cuda_time.on_each_backend(Contender("fill", lambda: list, ours=True))
+    assert {each.name: each.environment for each in both} == {
+        f"fill, {backend}": {"GPUCONST_BACKEND": backend} for backend in ("cupy", "numba")
+    }
+
+
 # The harness.
 
 
