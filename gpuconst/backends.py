@@ -263,7 +263,7 @@ def _found(name: str, kind: str, index: int, module: Backend, passed_over: dict[
     if kind == "cpu" and passed_over and cuda_driver.is_expected():
         listed = "; ".join(f"{other}: {reason}" for other, reason in passed_over.items())
         frame, level = sys._getframe(1), 2
-        while frame.f_back is not None and frame.f_globals["__name__"].startswith("gpuconst."):
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gpuconst."):
             frame, level = frame.f_back, level + 1  # to the caller's line
         warnings.warn(
             f"gpuconst fills on the CPU, although there is an NVIDIA driver: {listed}; "

@@ -44,7 +44,7 @@ class Constant(keras.initializers.Constant):  # type: ignore[misc]
     device where Keras would have put it, at half the peak memory of ``keras.initializers.Constant``.
     The backend's own ``full`` is used where Keras is tracing or there is no memory to fill (``jit``,
     graphs, meta tensors), or where gpuconst cannot reach the device, which a warning then reports once.
-    So it is on the NumPy and OpenVINO backends, where Keras copies what any initializer returns.
+    It is also used on the NumPy and OpenVINO backends, where Keras copies what any initializer returns.
 
     Parameters
     ----------

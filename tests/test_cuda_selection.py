@@ -121,6 +121,15 @@ def test_a_driver_that_is_too_old() -> None:
     check_unusable("the driver supports CUDA 11.8, needed is 12.0")
 
 
+@on_standin(STANDIN_VERSION=11080, CALLER="nameless", GPUCONST_BACKEND="")
+def test_code_that_belongs_to_no_module_is_warned_too() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec("full(3, 1.0)", {"full": gpuconst.full})
+    (warning,) = caught
+    assert warning.filename == "<string>"
+
+
 @on_standin(STANDIN_VERSION=12040)
 def test_a_driver_of_before_the_compiler() -> None:
     check_unusable("the driver of CUDA 12.4; pip install 'gpuconst[cuda12]', or update the driver", backend="numba")
